@@ -1,0 +1,104 @@
+"""The federation's document: one immutable text that says everything that will happen, and that a site approves."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from mmfm_core.config.model import Model
+from mmfm_core.config.strict import Name, Strict, did_you_mean
+
+Fate = Literal["shared", "local", "frozen"]
+
+
+class AdamW(Strict):
+    """AdamW (Loshchilov & Hutter 2019); started afresh in every round, so that a site keeps no hidden state."""
+
+    type: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.01
+
+
+class Task(Strict):
+    """How a stage trains one head."""
+
+    weight: PositiveFloat = 1.0
+
+
+class Stage(Strict):
+    """Rounds with their own tasks and trainable parts; `federated: false` is adaptation at each site, sent nowhere."""
+
+    name: Name
+    federated: bool = True
+    rounds: PositiveInt = 1
+    local_steps: PositiveInt = 10
+    batch_size: PositiveInt = 16
+    tasks: dict[Name, Task] = Field(min_length=1)
+    train: tuple[str, ...] = ("*",)
+    optimizer: AdamW = AdamW()
+
+    @model_validator(mode="after")
+    def _adaptation_has_no_rounds(self) -> "Stage":
+        if not self.federated and self.rounds != 1:
+            raise ValueError("rounds: a stage that is not federated has no rounds; give it local_steps")
+        return self
+
+
+class Parameters(Strict):
+    """Glob patterns over state-dict names. A name in several lists is frozen before local before shared."""
+
+    shared: tuple[str, ...] = ("*",)
+    local: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+
+
+class Aggregation(Strict):
+    """How replies become the next shared state, and how long the coordinator waits (seconds)."""
+
+    strategy: Literal["fedavg"] = "fedavg"
+    weight: Literal["studies_with_modality"] = "studies_with_modality"
+    min_sites: PositiveInt = 2
+    quorum_wait: PositiveFloat = 600.0
+    deadline: PositiveFloat = 1800.0
+
+
+MetricName = Literal["auroc", "auprc", "f1", "accuracy", "ece"]
+
+
+class Evaluation(Strict):
+    """What each site measures on its own patients; the first metric leads in reports."""
+
+    metrics: tuple[MetricName, ...] = Field(default=("auroc", "auprc", "f1", "ece"), min_length=1)
+
+
+class Federation(Strict):
+    """The document. Its hash (`mmfm_core.config.loading.sha256`) is what a site approves."""
+
+    name: Name
+    seed: int = 0
+    model: Model
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    parameters: Parameters = Parameters()
+    aggregation: Aggregation = Aggregation()
+    evaluation: dict[Name, Evaluation] = {}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Federation":
+        names = [stage.name for stage in self.stages]
+        for index, stage in enumerate(self.stages):
+            for task in stage.tasks:
+                if task not in self.model.heads:
+                    raise ValueError(f"stages.{index}.tasks.{task}: there is no such head; "
+                                     f"{did_you_mean(task, self.model.heads)}")
+            if names.count(stage.name) > 1:
+                raise ValueError(f"stages.{index}.name: '{stage.name}' is used twice")
+            if stage.federated and not all(earlier.federated for earlier in self.stages[:index]):
+                raise ValueError(f"stages.{index}: a federated stage cannot follow one that adapts at the sites; "
+                                 "what a site adapted is never sent")
+        for head in self.evaluation:
+            if head not in self.model.heads:
+                raise ValueError(f"evaluation.{head}: there is no such head; {did_you_mean(head, self.model.heads)}")
+        return self
+
+    def evaluation_of(self, head: str) -> Evaluation:
+        """The evaluation the document gives for `head`, or the default one."""
+        return self.evaluation.get(head, Evaluation())

@@ -1,0 +1,97 @@
+"""A site's file: where its data is and how its columns map to the federation's modalities and targets."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from mmfm_core.config.strict import Cell, Name, Strict
+
+MISSING_CELLS = ("", "NA", "N/A", "n/a", "NaN", "nan", "None", "null", "NULL", "?")
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class Column(Strict):
+    """One column of the manifest: its values may be renamed, and some of them may mean 'missing'."""
+
+    column: str
+    values: dict[Cell, Cell] = {}
+    missing: tuple[Cell, ...] = ()
+
+
+def _short(value: Any) -> Any:
+    return {"column": value} if isinstance(value, str) else value
+
+
+ColumnOrName = Annotated[Column, BeforeValidator(_short)]
+"""A column; a plain string is short for its name."""
+
+
+class Table(Strict):
+    """The columns behind a tabular modality's features. A feature left out is missing at this site."""
+
+    features: dict[Name, ColumnOrName] = Field(min_length=1)
+
+
+class SplitColumn(Strict):
+    """The manifest says which split a study belongs to; the lists name its words for each."""
+
+    column: str = "split"
+    train: tuple[Cell, ...] = ("train",)
+    val: tuple[Cell, ...] = ("val",)
+    test: tuple[Cell, ...] = ("test",)
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> "SplitColumn":
+        words = [*self.train, *self.val, *self.test]
+        twice = next((word for word in words if words.count(word) > 1), None)
+        if twice is not None:
+            raise ValueError(f"'{twice}' cannot mean two splits")
+        return self
+
+
+class SplitFractions(Strict):
+    """The site has no split: patients are assigned by a hash of their identifier."""
+
+    train: float = Field(gt=0, le=1)
+    val: float = Field(ge=0, lt=1)
+    test: float = Field(ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> "SplitFractions":
+        total = self.train + self.val + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train, val and test must sum to 1, not {total:g}")
+        return self
+
+
+def _is_table(value: Any) -> Any:
+    return value if isinstance(value, dict) and "features" in value else _short(value)
+
+
+class Site(Strict):
+    """One hospital. It says where its data is and what it holds; it can only tighten what the federation asks."""
+
+    name: Name
+    manifest: Path
+    study: str | None = None
+    patient: str = "patient_id"
+    site: str | None = None
+    split: SplitColumn | SplitFractions = SplitColumn()
+    modalities: dict[Name, Annotated[Table | Column, BeforeValidator(_is_table)]] = Field(min_length=1)
+    targets: dict[Name, ColumnOrName] = {}
+    missing: tuple[Cell, ...] = ()  # in addition to MISSING_CELLS
+    missing_files: Literal["error", "absent"] = "error"
+
+    @field_validator("manifest")
+    @classmethod
+    def _relative_to_the_file(cls, manifest: Path, info: ValidationInfo) -> Path:
+        folder = (info.context or {}).get("folder")
+        return (folder / manifest.expanduser()).resolve() if folder else manifest
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _column_name_is_short(cls, value: Any) -> Any:
+        return {"column": value} if isinstance(value, str) else value

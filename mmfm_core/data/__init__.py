@@ -1,0 +1,1 @@
+"""From a site's manifest to batches with presence masks."""

@@ -1,0 +1,56 @@
+"""The parameter policy: every name of the state dict has one fate, and FedAvg, FedPer or a local fusion are patterns."""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from mmfm_core.config.federation import Fate, Federation
+from mmfm_core.config.strict import did_you_mean
+from mmfm_core.errors import MmfmError
+
+ORDER: tuple[Fate, ...] = ("frozen", "local", "shared")  # the first list that matches decides
+
+
+def fates_of(federation: Federation, names: Iterable[str]) -> dict[str, Fate]:
+    """The fate of each name of a (possibly partial) model's state dict."""
+    lists = {fate: getattr(federation.parameters, fate) for fate in ORDER}
+    fates: dict[str, Fate] = {}
+    for name in names:
+        fate = next((fate for fate in ORDER if matches(name, lists[fate])), None)
+        if fate is None:
+            raise MmfmError(f"parameters: '{name}' matches no pattern, so it has no fate; "
+                            "add it to shared, local or frozen")
+        fates[name] = fate
+    return fates
+
+
+def check_patterns(federation: Federation, names: Iterable[str]) -> None:
+    """Check every pattern of the document against the full model's names.
+
+    Raises:
+        MmfmError: a name has no fate, or a pattern matches nothing.
+    """
+    names = list(names)
+    fates_of(federation, names)
+    places = {f"parameters.{fate}": getattr(federation.parameters, fate) for fate in ORDER}
+    places |= {f"stages.{index}.train": stage.train for index, stage in enumerate(federation.stages)}
+    for place, patterns in places.items():
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                prefixes = {block_of(name) + ".*" for name in names}
+                raise MmfmError(f"{place}: the pattern '{pattern}' matches no parameter; {did_you_mean(pattern, prefixes)}")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether any glob pattern matches the whole name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def block_of(name: str) -> str:
+    """The unit of aggregation: `encoders.<modality>`, `fusion` or `heads.<task>`."""
+    parts = name.split(".")
+    return parts[0] if parts[0] == "fusion" else ".".join(parts[:2])
+
+
+def held(fates: Mapping[str, Fate], fate: Fate) -> list[str]:
+    """The names of one fate, in order."""
+    return [name for name, given in fates.items() if given == fate]

@@ -1,0 +1,62 @@
+"""Tokens: the only currency between encoders, fusion and heads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One modality as a sequence.
+
+    Attributes:
+        x: [B, N, D].
+        mask: [B, N] bool, False for padding and for every token of a study that lacks the modality.
+    """
+
+    x: Tensor
+    mask: Tensor
+
+    def mean(self) -> Tensor:
+        """Mean of the valid tokens, [B, D]; zero where there is none."""
+        weight = self.mask[..., None].to(self.x.dtype)
+        return (self.x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def only(self, rows: Tensor) -> "Tokens":
+        """The same tokens, valid only in the studies where `rows` ([B] bool) holds."""
+        return Tokens(self.x, self.mask & rows[:, None])
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What heads read.
+
+    Attributes:
+        tokens: all modalities' tokens after fusion.
+        pooled: [B, D].
+    """
+
+    tokens: Tokens
+    pooled: Tensor
+
+
+def join(parts: list[Tokens]) -> Tokens:
+    """Several sequences as one."""
+    return Tokens(torch.cat([part.x for part in parts], 1), torch.cat([part.mask for part in parts], 1))
+
+
+def learned(embedding: nn.Embedding, rows: int) -> Tensor:
+    """All vectors of an embedding for each row, [rows, n, D].
+
+    Learned vectors live in `nn.Embedding` and are read through its forward with one row per study: a bare parameter beside
+    children, or a vector broadcast over the batch, hides per-patient gradients from hooks (see tests/test_private_ready.py).
+    """
+    index = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
+    return embedding(index.expand(rows, -1))
+
+
+def initialised(embedding: nn.Embedding) -> nn.Embedding:
+    """The embedding with the small initial values usual for position and type vectors (std 0.02)."""
+    nn.init.trunc_normal_(embedding.weight, std=0.02)
+    return embedding

@@ -1,0 +1,137 @@
+"""What coordinator and site say to each other, and the only place that turns it into Flower records.
+
+Two questions, three answers. Tensors travel as Flower arrays (npy bytes, never pickled), the rest as one JSON text that
+is validated on arrival; nothing here needs torch, so that a relay stays small.
+"""
+
+from dataclasses import field, replace
+from functools import partial
+from typing import TypeVar
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import ConfigDict, RootModel, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from mmfm_core.errors import MmfmError
+from mmfm_core.storage import Tensors
+
+message = partial(dataclass, frozen=True, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
+
+
+@message()
+class Describe:
+    """Which site are you, and what do you hold of what this federation (a document's sha256) asks for?"""
+
+    federation: str
+
+
+@message()
+class SiteDescription:
+    """What a site holds. All counts are of studies, by split ('train', 'val', 'test').
+
+    Attributes:
+        patients: distinct patients by split.
+        modalities: modality -> split -> studies that have it.
+        targets: head -> split -> class -> labelled studies.
+        notes: repairs made while reading, as sentences with counts ('3 texts were cut').
+    """
+
+    site: str
+    studies: dict[str, int]
+    patients: dict[str, int]
+    modalities: dict[str, dict[str, int]]
+    targets: dict[str, dict[str, dict[str, int]]]
+    notes: list[str]
+
+
+@message()
+class RoundRequest:
+    """Take part in one round of an approved federation, from these shared tensors."""
+
+    federation: str
+    round: int
+    tensors: Tensors = field(default_factory=dict)
+
+
+@message()
+class Metric:
+    """One figure of one site.
+
+    Attributes:
+        model: 'shared' for the state as received, 'adapted' after training that is sent nowhere.
+        value: None where it is undefined (too few patients of a class).
+        low, high: 95 % interval by bootstrap over patients, where it was computed.
+        n: studies behind the figure.
+    """
+
+    task: str
+    model: str
+    split: str
+    metric: str
+    value: float | None
+    n: int
+    low: float | None = None
+    high: float | None = None
+
+
+@message()
+class RoundReply:
+    """A site's answer: trained shared tensors, the studies behind each block, and its figures.
+
+    Attributes:
+        weights: block of the model -> training studies that had its modality (or target).
+        loss: mean training loss; None where nothing was trained.
+    """
+
+    site: str
+    round: int
+    weights: dict[str, float]
+    metrics: list[Metric]
+    loss: float | None
+    seconds: float
+    tensors: Tensors = field(default_factory=dict)
+
+
+@message()
+class Refusal:
+    """The site will not answer, and why. The reason holds nothing read from a patient's record."""
+
+    site: str
+    reason: str
+
+
+MESSAGES = {kind.__name__: kind for kind in (Describe, SiteDescription, RoundRequest, RoundReply, Refusal)}
+Message = Describe | SiteDescription | RoundRequest | RoundReply | Refusal
+Expected = TypeVar("Expected", bound=Message)
+
+
+def to_records(message: Message) -> RecordDict:
+    """Pack a message into Flower records."""
+    text = RootModel[type(message)](message).model_dump_json(exclude={"tensors"})
+    records = RecordDict({"message": ConfigRecord({"type": type(message).__name__, "json": text})})
+    if isinstance(message, RoundRequest | RoundReply):
+        records["tensors"] = ArrayRecord({name: Array(array) for name, array in message.tensors.items()})
+    return records
+
+
+def from_records(records: RecordDict, *expected: type[Expected]) -> Expected:
+    """Unpack a message, which must be of one of the `expected` kinds.
+
+    Raises:
+        MmfmError: the records are no such message; the text names the field, not its content.
+    """
+    try:
+        name, text = str(records["message"]["type"]), str(records["message"]["json"])
+        tensors = {key: array.numpy() for key, array in records["tensors"].items()} if "tensors" in records else {}
+    except Exception as error:  # whatever a damaged or hostile record makes Flower or numpy raise
+        raise MmfmError(f"the message is damaged ({type(error).__name__}); nothing in it was used") from error
+    kind = MESSAGES.get(name)
+    if kind not in expected:
+        raise MmfmError(f"expected {' or '.join(k.__name__ for k in expected)}, and another kind of message came")
+    try:
+        message: Expected = TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MmfmError(f"the message {name} is malformed: {where}: {first['msg']}") from error
+    return replace(message, tensors=tensors) if tensors else message

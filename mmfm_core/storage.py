@@ -1,0 +1,90 @@
+"""Files that are whole or absent: written under another name, flushed to the disk, then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from mmfm_core.errors import MmfmError
+
+Tensors = dict[str, np.ndarray]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    _write(path, text.encode())
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file atomically."""
+    _write(path, save({name: np.ascontiguousarray(array) for name, array in tensors.items()}))
+
+
+def read_tensors(path: Path) -> Tensors:
+    """Read a safetensors file.
+
+    Raises:
+        MmfmError: the file cannot be read or is damaged.
+    """
+    try:
+        return load(path.read_bytes())
+    except OSError as error:
+        raise MmfmError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # safetensors raises its own, undocumented types
+        raise MmfmError(f"{path}: is not a whole safetensors file; restore it or remove it") from error
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it appears under `path`, replacing what stood there, only if the block ends well."""
+    partial = path.with_name(f".partial-{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def _flush_folder(folder: Path) -> None:
+    # A rename is durable only once its folder is on the disk.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> MmfmError:
+    return MmfmError(f"{path}: cannot be written ({error.strerror}); make room or mend the permissions, then go on")
