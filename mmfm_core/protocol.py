@@ -105,12 +105,17 @@ Message = Describe | SiteDescription | RoundRequest | RoundReply | Refusal
 Expected = TypeVar("Expected", bound=Message)
 
 
-def to_records(message: Message) -> RecordDict:
-    """Pack a message into Flower records."""
+def to_arrays(tensors: Tensors) -> dict[str, Array]:
+    """Serialise tensors once, for messages to many sites."""
+    return {name: Array(tensor) for name, tensor in tensors.items()}
+
+
+def to_records(message: Message, arrays: dict[str, Array] | None = None) -> RecordDict:
+    """Pack a message into Flower records; `arrays` stand for its tensors where these were serialised already."""
     text = RootModel[type(message)](message).model_dump_json(exclude={"tensors"})
     records = RecordDict({"message": ConfigRecord({"type": type(message).__name__, "json": text})})
     if isinstance(message, RoundRequest | RoundReply):
-        records["tensors"] = ArrayRecord({name: Array(array) for name, array in message.tensors.items()})
+        records["tensors"] = ArrayRecord(to_arrays(message.tensors) if arrays is None else arrays)
     return records
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mmfm_core.config.federation import Federation, Stage
+from mmfm_core.config.site import Split
 
 
 @dataclass(frozen=True)
@@ -11,13 +12,13 @@ class Round:
 
     Attributes:
         number: counts from 1 over the whole document.
-        stage: what is trained; None for the last look at the final shared state.
-        after_last_upload: the shared state that arrives is final, so it is also measured on the test split.
+        stage: what is trained; None for a last look at the final shared state.
+        evaluates: the splits on which the state as received is measured, before training.
     """
 
     number: int
     stage: Stage | None
-    after_last_upload: bool
+    evaluates: tuple[Split, ...]
 
     @property
     def returns_tensors(self) -> bool:
@@ -31,8 +32,18 @@ class Round:
 
 
 def rounds_of(federation: Federation) -> list[Round]:
-    """All rounds in order. A document that ends with a federated stage gets one more round that only evaluates."""
-    stages: list[Stage | None] = [s for s in federation.stages for _ in range(s.rounds)]
+    """All rounds in order.
+
+    The first round after the last upload measures the final shared state on the test split too; a document that ends with
+    a federated stage gets one more round for that. Stages that adapt further start from each site's own adapted state,
+    which is not measured again as 'shared'.
+    """
+    stages: list[Stage | None] = [stage for stage in federation.stages for _ in range(stage.rounds)]
     if federation.stages[-1].federated:
         stages.append(None)
-    return [Round(number, stage, stage is None or not stage.federated) for number, stage in enumerate(stages, 1)]
+    first_final = next(i for i, stage in enumerate(stages) if stage is None or not stage.federated)
+    rounds = []
+    for index, stage in enumerate(stages):
+        splits: tuple[Split, ...] = ("val",) if index < first_final else ("val", "test") if index == first_final else ()
+        rounds.append(Round(index + 1, stage, splits))
+    return rounds

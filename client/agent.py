@@ -1,0 +1,170 @@
+"""The site agent: the only code that touches patients. It decides what it does and what leaves."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from client import gates
+from client.predictions import write_predictions
+from client.state import LocalState
+from mmfm_core.config import Federation, Site, load_site
+from mmfm_core.config.federation import Fate
+from mmfm_core.config.rounds import Round, rounds_of
+from mmfm_core.config.site import SPLITS, Split
+from mmfm_core.data.dataset import Dataset, load_dataset
+from mmfm_core.errors import MmfmError
+from mmfm_core.models.model import MultimodalModel, seeded
+from mmfm_core.models.parameters import block_of, fates_of, held, matches
+from mmfm_core.protocol import Describe, Metric, Refusal, RoundReply, RoundRequest, SiteDescription
+from mmfm_core.storage import Tensors
+from mmfm_core.training.evaluation import metrics_of, predict
+from mmfm_core.training.steps import train
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Participation:
+    """One approved federation at this site, ready to work: document, data, model and what stays here."""
+
+    federation: Federation
+    rounds: list[Round]
+    dataset: Dataset
+    model: MultimodalModel
+    initial: Tensors
+    fates: dict[str, Fate]
+    state: LocalState
+
+
+class Agent:
+    """A site's agent over its directory.
+
+    The directory holds `site.yaml`, `approved/<sha256>.yaml` (the documents this site agreed to), and what the agent
+    writes: `state/` (local parameters) and `predictions/` (never sent).
+    """
+
+    def __init__(self, directory: Path, site: Site | None = None, dataset: Dataset | None = None) -> None:
+        self.directory = directory
+        self.site = site or load_site(directory / "site.yaml")
+        self._dataset = dataset
+        self._participations: dict[str, Participation] = {}
+
+    def answer(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:
+        """Answer, or refuse with a reason; never raise, and never let a value of a record into a reason."""
+        try:
+            participation = self.participate(question.federation)
+            if isinstance(question, Describe):
+                return self._describe(participation)
+            return self._take_part(participation, question)
+        except MmfmError as error:
+            return Refusal(self.site.name, str(error))
+        except Exception as error:
+            log.exception("site %s: internal error", self.site.name)
+            reason = f"internal error ({type(error).__name__}); the site's own log has the details"
+            return Refusal(self.site.name, reason)
+
+    def participate(self, document: str) -> Participation:
+        """Load (once) all that an approved document needs.
+
+        Raises:
+            MmfmError: the document is not approved here, or the site's data does not fit it.
+        """
+        if document not in self._participations:
+            federation = gates.approved(self.directory / "approved", document)
+            dataset = self._dataset or load_dataset(self.site, federation.model)
+            heads = dataset.everything.targets
+            model = MultimodalModel(federation.model, dataset.everything.inputs, heads, federation.seed)
+            initial = arrays(model)
+            self._participations[document] = Participation(
+                federation, rounds_of(federation), dataset, model, initial, fates_of(federation, initial),
+                LocalState(self.directory / "state" / document[:16]),
+            )
+        return self._participations[document]
+
+    def _describe(self, p: Participation) -> SiteDescription:
+        data = p.dataset
+        splits: dict[Split, np.ndarray] = {split: np.array([s == split for s in data.splits]) for split in SPLITS}
+        patients = np.array(data.patients)
+
+        def count(mask: torch.Tensor) -> dict[str, int]:
+            return {split: int((mask.numpy() & inside).sum()) for split, inside in splits.items()}
+
+        by_class: dict[str, dict[str, dict[str, int]]] = {}
+        for head, target in data.everything.targets.items():
+            counts = {name: count(target == label) for label, name in enumerate(p.federation.model.heads[head].classes)}
+            by_class[head] = {split: {name: c[split] for name, c in counts.items()} for split in SPLITS}
+        return SiteDescription(
+            site=self.site.name,
+            studies={split: int(inside.sum()) for split, inside in splits.items()},
+            patients={split: len(set(patients[inside])) for split, inside in splits.items()},
+            modalities={name: count(present) for name, present in data.everything.present.items()},
+            targets=by_class,
+            notes=data.notes,
+        )
+
+    def _take_part(self, p: Participation, request: RoundRequest) -> RoundReply:
+        started = time.monotonic()
+        if not 1 <= request.round <= len(p.rounds):
+            raise MmfmError(f"the document has {len(p.rounds)} rounds, and round {request.round} was asked for")
+        this = p.rounds[request.round - 1]
+        shared = {name: p.initial[name] for name in held(p.fates, "shared")}
+        gates.check_tensors(request.tensors, shared)
+        # What was adapted here comes last: after the last upload it stands over the shared state.
+        load(p.model, p.initial | request.tensors | p.state.before(this.number))
+        metrics = self._measure(p, "shared", this.evaluates)
+        weights: dict[str, float] = {}
+        leaving: Tensors = {}
+        loss = None
+        if this.stage:
+            trained = [n for n, fate in p.fates.items() if fate != "frozen" and matches(n, this.stage.train)]
+            with seeded(p.federation.seed, self.site.name, this.number):
+                loss = train(p.model, p.dataset, this.stage, trained)
+            after = arrays(p.model)
+            if this.returns_tensors:
+                leaving = gates.releasable(after, [n for n in trained if n in shared])
+                weights = block_weights(p.dataset, this, leaving)
+                p.state.save(this.number, {name: after[name] for name in held(p.fates, "local")})
+            else:
+                metrics += self._measure(p, "adapted", ("val", "test"))
+                p.state.save(this.number, {name: after[name] for name in {*trained, *held(p.fates, "local")}})
+        return RoundReply(site=self.site.name, round=this.number, weights=weights, metrics=metrics, loss=loss,
+                          seconds=time.monotonic() - started, tensors=leaving)
+
+    def _measure(self, p: Participation, state: str, splits: tuple[Split, ...]) -> list[Metric]:
+        metrics = []
+        for split in splits:
+            for predictions in predict(p.model, p.dataset, split):
+                metrics += metrics_of(predictions, p.dataset, p.federation, split, state)
+                if split == "test":
+                    write_predictions(self.directory, state, predictions, p.dataset)
+        return metrics
+
+
+def block_weights(dataset: Dataset, this: Round, leaving: Tensors) -> dict[str, float]:
+    """The training studies behind each block that leaves: for an encoder, those that had its modality."""
+    assert this.stage
+    weights: dict[str, float] = {}
+    batch = dataset.batch(dataset.rows("train", list(this.stage.tasks)))
+    for block in {block_of(name) for name in leaving}:
+        kind, _, name = block.partition(".")
+        if kind == "encoders":
+            weights[block] = float(batch.present[name].sum())
+        elif kind == "heads":
+            weights[block] = float((batch.targets[name] >= 0).sum())
+        else:
+            weights[block] = float(len(batch))
+    return weights
+
+
+def arrays(model: MultimodalModel) -> Tensors:
+    """A copy of the model's state dict as arrays."""
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in model.state_dict().items()}
+
+
+def load(model: MultimodalModel, state: Tensors) -> None:
+    """Set the model's whole state."""
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})

@@ -1,0 +1,63 @@
+"""The site's gates: what may come in, what may go out. They fail closed."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mmfm_core.config import Federation, load_federation
+from mmfm_core.config.loading import dump, sha256
+from mmfm_core.errors import MmfmError
+from mmfm_core.storage import Tensors, write_text
+
+
+def approve(folder: Path, federation: Federation) -> str:
+    """Write down that this site agrees to a document; returns the hash by which it will be asked for."""
+    document = sha256(federation)
+    write_text(folder / f"{document}.yaml", dump(federation))
+    return document
+
+
+def approved(folder: Path, document: str) -> Federation:
+    """The document with this hash, from the site's own copy.
+
+    Raises:
+        MmfmError: the site approved no such document, or its copy was changed since.
+    """
+    path = folder / f"{document}.yaml"
+    if len(document) != 64 or not document.isalnum() or not path.is_file():
+        raise MmfmError("this federation's document is not approved at this site")
+    federation = load_federation(path)
+    if sha256(federation) != document:
+        raise MmfmError("this site's approved copy of the document was changed; approve it again")
+    return federation
+
+
+def check_tensors(tensors: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]) -> None:
+    """Check that tensors have exactly the names, shapes and types of `like`, and are finite.
+
+    Raises:
+        MmfmError: which one is not, and why.
+    """
+    for name in [*like, *tensors]:
+        if name not in tensors:
+            raise MmfmError(f"the tensor '{name}' is missing")
+        if name not in like:
+            raise MmfmError("a tensor that was not asked for came along")
+        got, expected = tensors[name], like[name]
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            raise MmfmError(f"the tensor '{name}' is {got.dtype}{list(got.shape)}, expected "
+                            f"{expected.dtype}{list(expected.shape)}")
+        if not np.isfinite(got).all():
+            raise MmfmError(f"the tensor '{name}' holds values that are not finite")
+
+
+def releasable(state: Tensors, names: Iterable[str]) -> Tensors:
+    """The tensors `names` of a trained state, if they are fit to leave.
+
+    Raises:
+        MmfmError: one of them is not finite.
+    """
+    leaving = {name: state[name] for name in names}
+    check_tensors(leaving, leaving)
+    return leaving

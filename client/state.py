@@ -1,0 +1,37 @@
+"""What a site keeps for itself: its local parameters, by federation and round."""
+
+import re
+from pathlib import Path
+
+from mmfm_core.storage import Tensors, read_tensors, write_tensors
+
+KEPT_ROUNDS = 2  # a coordinator that was killed may ask for the last round again
+
+
+class LocalState:
+    """Local tensors after each of the last rounds, one file a round, in a folder of the site.
+
+    A round is always started from the state before it, so that a repeated round gives the same answer.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def before(self, round_number: int) -> Tensors:
+        """The local tensors to start a round from; empty before the first."""
+        earlier = [number for number in self._rounds() if number < round_number]
+        return read_tensors(self._path(max(earlier))) if earlier else {}
+
+    def save(self, round_number: int, tensors: Tensors) -> None:
+        """Keep the local tensors after a round, and drop what no repeated round can need."""
+        write_tensors(self._path(round_number), tensors)
+        for number in self._rounds():
+            if number > round_number or number <= round_number - KEPT_ROUNDS:
+                self._path(number).unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"round-{number:05d}.safetensors"
+
+    def _rounds(self) -> list[int]:
+        names = (re.fullmatch(r"round-(\d+)\.safetensors", path.name) for path in self.folder.glob("round-*"))
+        return [int(name.group(1)) for name in names if name]

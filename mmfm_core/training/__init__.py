@@ -1,0 +1,1 @@
+"""What happens inside one site: local steps and evaluation."""

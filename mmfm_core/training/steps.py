@@ -1,0 +1,58 @@
+"""Local training steps."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+
+from mmfm_core.config.federation import Stage
+from mmfm_core.data.dataset import Dataset
+from mmfm_core.errors import MmfmError
+from mmfm_core.models.model import MultimodalModel
+
+
+def train(model: MultimodalModel, dataset: Dataset, stage: Stage, trainable: Collection[str]) -> float:
+    """Train the parameters named in `trainable` for the stage's local steps, and return the mean loss.
+
+    Every head's loss is reduced within a study before the mean over the batch, so that no patient's gradient depends on
+    another's. Randomness comes from torch's global generator: seed it first (`mmfm_core.models.model.seeded`).
+
+    Raises:
+        MmfmError: the site has no training study with a label, or the loss is not finite.
+    """
+    tasks = {name: task for name, task in stage.tasks.items() if name in model.heads}
+    rows = dataset.rows("train", list(tasks))
+    if not rows:
+        raise MmfmError(f"no training study has a label for {', '.join(stage.tasks)}; map one under 'targets'")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise MmfmError(f"stage '{stage.name}' trains nothing that this site holds; check 'train' and 'parameters'")
+    optimizer = torch.optim.AdamW(parameters, lr=stage.optimizer.lr, weight_decay=stage.optimizer.weight_decay)
+    model.train()
+    total = torch.zeros(())
+    for batch_rows in shuffled_batches(rows, stage.batch_size, stage.local_steps):
+        batch = dataset.batch(batch_rows)
+        outputs = model(batch, tasks)
+        loss = torch.stack([
+            task.weight * model.heads[name].loss(outputs[name], batch.targets[name]).mean() for name, task in tasks.items()
+        ]).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+    mean = float(total) / stage.local_steps
+    if not torch.isfinite(total):
+        raise MmfmError(f"the training loss of stage '{stage.name}' is not finite; lower its optimizer.lr")
+    return mean
+
+
+def shuffled_batches(rows: Sequence[int], size: int, steps: int) -> Iterator[list[int]]:
+    """`steps` batches without repetition inside a pass over `rows`; the remainder of a pass is dropped."""
+    size = min(size, len(rows))
+    order: list[int] = []
+    for _ in range(steps):
+        if len(order) < size:
+            order = [rows[i] for i in torch.randperm(len(rows)).tolist()]
+        batch, order = order[:size], order[size:]
+        yield batch

@@ -1,0 +1,40 @@
+"""Block-wise weighted averaging, one reply at a time."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mmfm_core.models.parameters import block_of
+from mmfm_core.storage import Tensors
+
+
+class BlockwiseMean:
+    """The running weighted mean of each block over the sites that hold it (block-wise FedAvg, McMahan et al. 2017).
+
+    A block (an encoder, the fusion, a head) is averaged over the sites that sent it, each by its studies that had the
+    modality: sum_k n_k w_k / sum_k n_k. Sums are kept in float64, so that the order of arrival does not show; memory is
+    that of one model, whatever the number of sites.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+        self._weights: dict[str, float] = {}
+
+    def fold(self, tensors: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> None:
+        """Add one site's tensors, each weighted by its block's entry in `weights` (studies; zero adds nothing)."""
+        for name, tensor in tensors.items():
+            weight = weights[block_of(name)]
+            if weight == 0:
+                continue
+            if name not in self._sums:
+                self._sums[name] = np.zeros(tensor.shape, np.float64)
+                self._weights[name] = 0.0
+            self._sums[name] += np.multiply(tensor, weight, dtype=np.float64)
+            self._weights[name] += weight
+
+    def apply_to(self, shared: Tensors) -> None:
+        """Replace the averaged entries of `shared`, in their own types; integer buffers are rounded. Ends the round."""
+        for name in list(self._sums):
+            mean = self._sums.pop(name) / self._weights.pop(name)
+            kind = shared[name].dtype
+            shared[name] = np.asarray(np.rint(mean) if kind.kind in "iub" else mean).astype(kind)

@@ -1,0 +1,25 @@
+"""The ServerApp: it finds its run directory and hands the grid to the coordinator."""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from server.coordinator import coordinate
+from server.record import Run
+
+
+def serve(run_directory: Path) -> ServerApp:
+    """A ServerApp for one run directory."""
+    serving = ServerApp()
+    serving.main()(lambda grid, _context: coordinate(grid, Run.open(run_directory)))
+    return serving
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Started by Flower: the run directory is named by the run's configuration."""
+    coordinate(grid, Run.open(Path(str(context.run_config["run-directory"]))))

@@ -1,0 +1,57 @@
+"""Ask many sites one question each, and hand over every answer as it arrives."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from mmfm_core.errors import MmfmError
+from mmfm_core.protocol import Refusal, RoundReply, SiteDescription, from_records
+
+POLL_SECONDS = 0.2  # Flower's own send_and_receive looks every 3 s, and hands over nothing before the last reply
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came from one node: a message, or the reason why none did."""
+
+    node: int
+    message: SiteDescription | RoundReply | Refusal | None
+    problem: str | None = None
+
+
+def ask(
+    grid: Grid, nodes: Iterable[int], question: Callable[[int], RecordDict], kind: str, deadline: float
+) -> Iterator[Answer]:
+    """Send each node its question and yield each answer on arrival; nodes silent after `deadline` seconds come last.
+
+    Questions are built one at a time, and an answer is not kept: memory does not grow with the number of sites.
+    """
+    waiting: dict[str, int] = {}
+    for node in nodes:
+        message = Message(question(node), dst_node_id=node, message_type=kind, ttl=deadline)
+        (identifier,) = grid.push_messages([message])
+        waiting[identifier] = node
+    end = time.monotonic() + deadline
+    while waiting and time.monotonic() < end:
+        arrived = False
+        for reply in grid.pull_messages(list(waiting)):
+            node = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                arrived = True
+                yield _answer(node, reply)
+        if waiting and not arrived:
+            time.sleep(POLL_SECONDS)
+    for node in waiting.values():
+        yield Answer(node, None, f"no answer within {deadline:g} s")
+
+
+def _answer(node: int, reply: Message) -> Answer:
+    if reply.has_error():
+        return Answer(node, None, f"Flower reports: {reply.error.reason}")
+    try:
+        return Answer(node, from_records(reply.content, SiteDescription, RoundReply, Refusal))
+    except MmfmError as error:
+        return Answer(node, None, str(error))
