@@ -2,20 +2,23 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from client import gates
 from client.predictions import write_predictions
 from client.state import LocalState
-from mmfm_core.config import Federation, Site, load_site
+from mmfm_core.config import Federation, load_site
 from mmfm_core.config.federation import Fate
+from mmfm_core.config.model import Model
 from mmfm_core.config.rounds import Round, rounds_of
-from mmfm_core.config.site import SPLITS, Split
+from mmfm_core.config.site import Split
 from mmfm_core.data.dataset import Dataset, load_dataset
+from mmfm_core.data.description import describe
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel, seeded
 from mmfm_core.models.parameters import block_of, fates_of, held, matches
@@ -47,25 +50,30 @@ class Agent:
     writes: `state/` (local parameters) and `predictions/` (never sent).
     """
 
-    def __init__(self, directory: Path, site: Site | None = None, dataset: Dataset | None = None) -> None:
-        self.directory = directory
-        self.site = site or load_site(directory / "site.yaml")
-        self._dataset = dataset
+    def __init__(self, directory: Path, name: str, read: Callable[[Model], Dataset]) -> None:
+        self.directory, self.name, self._read = directory, name, read
         self._participations: dict[str, Participation] = {}
+
+    @classmethod
+    def open(cls, directory: Path) -> "Agent":
+        """The agent of a site's directory."""
+        site = load_site(directory / "site.yaml")
+        return cls(directory, site.name, partial(load_dataset, site))
 
     def answer(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:
         """Answer, or refuse with a reason; never raise, and never let a value of a record into a reason."""
         try:
             participation = self.participate(question.federation)
             if isinstance(question, Describe):
-                return self._describe(participation)
+                return describe(self.name, participation.dataset.studies, participation.federation.model,
+                                participation.dataset.notes)
             return self._take_part(participation, question)
         except MmfmError as error:
-            return Refusal(self.site.name, str(error))
+            return Refusal(self.name, str(error))
         except Exception as error:
-            log.exception("site %s: internal error", self.site.name)
+            log.exception("site %s: internal error", self.name)
             reason = f"internal error ({type(error).__name__}); the site's own log has the details"
-            return Refusal(self.site.name, reason)
+            return Refusal(self.name, reason)
 
     def participate(self, document: str) -> Participation:
         """Load (once) all that an approved document needs.
@@ -75,7 +83,7 @@ class Agent:
         """
         if document not in self._participations:
             federation = gates.approved(self.directory / "approved", document)
-            dataset = self._dataset or load_dataset(self.site, federation.model)
+            dataset = self._read(federation.model)
             heads = dataset.everything.targets
             model = MultimodalModel(federation.model, dataset.everything.inputs, heads, federation.seed)
             initial = arrays(model)
@@ -84,27 +92,6 @@ class Agent:
                 LocalState(self.directory / "state" / document[:16]),
             )
         return self._participations[document]
-
-    def _describe(self, p: Participation) -> SiteDescription:
-        data = p.dataset
-        splits: dict[Split, np.ndarray] = {split: np.array([s == split for s in data.splits]) for split in SPLITS}
-        patients = np.array(data.patients)
-
-        def count(mask: torch.Tensor) -> dict[str, int]:
-            return {split: int((mask.numpy() & inside).sum()) for split, inside in splits.items()}
-
-        by_class: dict[str, dict[str, dict[str, int]]] = {}
-        for head, target in data.everything.targets.items():
-            counts = {name: count(target == label) for label, name in enumerate(p.federation.model.heads[head].classes)}
-            by_class[head] = {split: {name: c[split] for name, c in counts.items()} for split in SPLITS}
-        return SiteDescription(
-            site=self.site.name,
-            studies={split: int(inside.sum()) for split, inside in splits.items()},
-            patients={split: len(set(patients[inside])) for split, inside in splits.items()},
-            modalities={name: count(present) for name, present in data.everything.present.items()},
-            targets=by_class,
-            notes=data.notes,
-        )
 
     def _take_part(self, p: Participation, request: RoundRequest) -> RoundReply:
         started = time.monotonic()
@@ -121,7 +108,7 @@ class Agent:
         loss = None
         if this.stage:
             trained = [n for n, fate in p.fates.items() if fate != "frozen" and matches(n, this.stage.train)]
-            with seeded(p.federation.seed, self.site.name, this.number):
+            with seeded(p.federation.seed, self.name, this.number):
                 loss = train(p.model, p.dataset, this.stage, trained)
             after = arrays(p.model)
             if this.returns_tensors:
@@ -131,7 +118,7 @@ class Agent:
             else:
                 metrics += self._measure(p, "adapted", ("val", "test"))
                 p.state.save(this.number, {name: after[name] for name in {*trained, *held(p.fates, "local")}})
-        return RoundReply(site=self.site.name, round=this.number, weights=weights, metrics=metrics, loss=loss,
+        return RoundReply(site=self.name, round=this.number, weights=weights, metrics=metrics, loss=loss,
                           seconds=time.monotonic() - started, tensors=leaving)
 
     def _measure(self, p: Participation, state: str, splits: tuple[Split, ...]) -> list[Metric]:

@@ -55,7 +55,7 @@ def site_directories(folder: Path) -> list[Path]:
 def _agent(directory: Path) -> Ask:
     from client.agent import Agent  # torch, only where the agent lives in this process
 
-    return Agent(directory).answer
+    return Agent.open(directory).answer
 
 
 app = relay(lambda context: _agent(site_directory(context)))

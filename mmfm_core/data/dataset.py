@@ -5,7 +5,7 @@ row out would give each encoder its own batch size, and per-patient gradients wo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -40,19 +40,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Dataset:
-    """All studies of a site; rows of `everything` and of the arrays correspond.
+    """All studies of a site, decoded; rows of `everything` and of `studies` correspond.
 
     Attributes:
         everything: the whole site as one batch.
-        studies, patients: identifiers, which stay at the site.
-        splits: 'train', 'val' or 'test' of each study.
         notes: repairs made while reading, as sentences with counts.
     """
 
     everything: Batch
-    studies: list[str]
-    patients: list[str]
-    splits: list[Split]
+    studies: list[Study]
     notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -70,7 +66,7 @@ class Dataset:
         for head in heads:
             if head in self.everything.targets:
                 labelled |= self.everything.targets[head] != UNLABELLED
-        return [row for row, (s, use) in enumerate(zip(self.splits, labelled.tolist(), strict=True)) if use and s == split]
+        return [row for row, study in enumerate(self.studies) if study.split == split and labelled[row]]
 
 
 def load_dataset(site: Site, model: Model) -> Dataset:
@@ -101,15 +97,9 @@ def load_dataset(site: Site, model: Model) -> Dataset:
         present[name] = here
     targets = {
         head: torch.tensor([study.targets.get(head, UNLABELLED) for study in studies])
-        for head in model.heads if head in site.targets
+        for head in model.heads if any(head in study.targets for study in studies)
     }
-    return Dataset(
-        everything=Batch(inputs, present, targets),
-        studies=[study.study for study in studies],
-        patients=[study.patient for study in studies],
-        splits=[study.split for study in studies],
-        notes=notes,
-    )
+    return Dataset(Batch(inputs, present, targets), studies, notes)
 
 
 def concatenate(datasets: Sequence[Dataset], model: Model) -> Dataset:
@@ -126,15 +116,11 @@ def concatenate(datasets: Sequence[Dataset], model: Model) -> Dataset:
                 ])
         return columns
 
-    return Dataset(
-        everything=Batch(join("inputs", list(model.modalities), 0), join("present", list(model.modalities), 0),
-                         join("targets", list(model.heads), UNLABELLED)),
-        studies=[study for d in datasets for study in d.studies],
-        # Two hospitals may use the same number for different people.
-        patients=[f"{site}/{patient}" for site, d in enumerate(datasets) for patient in d.patients],
-        splits=[split for d in datasets for split in d.splits],
-        notes=[note for d in datasets for note in d.notes],
-    )
+    modalities, heads = list(model.modalities), list(model.heads)
+    everything = Batch(join("inputs", modalities, 0), join("present", modalities, 0), join("targets", heads, UNLABELLED))
+    # Two hospitals may use the same number for different people.
+    studies = [replace(s, patient=f"{index}/{s.patient}") for index, d in enumerate(datasets) for s in d.studies]
+    return Dataset(everything, studies, [note for d in datasets for note in d.notes])
 
 
 def _images(studies: list[Study], name: str, modality: ImageModality, fit: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def predict(model: MultimodalModel, dataset: Dataset, split: Split) -> Iterator[
 
 def metrics_of(predictions: Predictions, dataset: Dataset, federation: Federation, split: Split, state: str) -> list[Metric]:
     """The document's metrics of some predictions; `state` is 'shared' or 'adapted'."""
-    patients = [dataset.patients[row] for row in predictions.rows]
+    patients = [dataset.studies[row].patient for row in predictions.rows]
     found = []
     for name in federation.evaluation_of(predictions.head).metrics:
         m = measure(name, predictions.probabilities, predictions.targets, patients)
