@@ -65,8 +65,12 @@ class Agent:
         try:
             participation = self.participate(question.federation)
             if isinstance(question, Describe):
-                return describe(self.name, participation.dataset.studies, participation.federation.model,
-                                participation.dataset.notes)
+                return describe(
+                    self.name,
+                    participation.dataset.studies,
+                    participation.federation.model,
+                    participation.dataset.notes,
+                )
             return self._take_part(participation, question)
         except MmfmError as error:
             return Refusal(self.name, str(error))
@@ -88,7 +92,12 @@ class Agent:
             model = MultimodalModel(federation.model, dataset.everything.inputs, heads, federation.seed)
             initial = arrays(model)
             self._participations[document] = Participation(
-                federation, rounds_of(federation), dataset, model, initial, fates_of(federation, initial),
+                federation,
+                rounds_of(federation),
+                dataset,
+                model,
+                initial,
+                fates_of(federation, initial),
                 LocalState(self.directory / "state" / document[:16]),
             )
         return self._participations[document]
@@ -118,8 +127,15 @@ class Agent:
             else:
                 metrics += self._measure(p, "adapted", ("val", "test"))
                 p.state.save(this.number, {name: after[name] for name in {*trained, *held(p.fates, "local")}})
-        return RoundReply(site=self.name, round=this.number, weights=weights, metrics=metrics, loss=loss,
-                          seconds=time.monotonic() - started, tensors=leaving)
+        return RoundReply(
+            site=self.name,
+            round=this.number,
+            weights=weights,
+            metrics=metrics,
+            loss=loss,
+            seconds=time.monotonic() - started,
+            tensors=leaving,
+        )
 
     def _measure(self, p: Participation, state: str, splits: tuple[Split, ...]) -> list[Metric]:
         metrics = []

@@ -26,7 +26,8 @@ def relay(agent_of: Callable[[Context], Ask]) -> ClientApp:
 
     def handle(message: Message, context: Context) -> Message:
         try:
-            question: Question = from_records(message.content, Describe, RoundRequest)
+            question = from_records(message.content, Describe, RoundRequest)
+            assert isinstance(question, Describe | RoundRequest)
             answer = agent_of(context)(question)
         except MmfmError as error:
             answer = Refusal(site="", reason=str(error))

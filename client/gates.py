@@ -46,8 +46,9 @@ def check_tensors(tensors: Mapping[str, np.ndarray], like: Mapping[str, np.ndarr
             raise MmfmError("a tensor that was not asked for came along")
         got, expected = tensors[name], like[name]
         if got.shape != expected.shape or got.dtype != expected.dtype:
-            raise MmfmError(f"the tensor '{name}' is {got.dtype}{list(got.shape)}, expected "
-                            f"{expected.dtype}{list(expected.shape)}")
+            raise MmfmError(
+                f"the tensor '{name}' is {got.dtype}{list(got.shape)}, expected {expected.dtype}{list(expected.shape)}"
+            )
         if not np.isfinite(got).all():
             raise MmfmError(f"the tensor '{name}' holds values that are not finite")
 

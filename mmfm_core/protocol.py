@@ -5,27 +5,26 @@ is validated on arrival; nothing here needs torch, so that a relay stays small.
 """
 
 from dataclasses import field, replace
-from functools import partial
 from typing import TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from pydantic import ConfigDict, RootModel, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mmfm_core.errors import MmfmError
 from mmfm_core.storage import Tensors
 
-message = partial(dataclass, frozen=True, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
+STRICT = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
 
-@message()
+@dataclass(frozen=True, config=STRICT)
 class Describe:
     """Which site are you, and what do you hold of what this federation (a document's sha256) asks for?"""
 
     federation: str
 
 
-@message()
+@dataclass(frozen=True, config=STRICT)
 class SiteDescription:
     """What a site holds. All counts are of studies, by split ('train', 'val', 'test').
 
@@ -44,7 +43,7 @@ class SiteDescription:
     notes: list[str]
 
 
-@message()
+@dataclass(frozen=True, config=STRICT)
 class RoundRequest:
     """Take part in one round of an approved federation, from these shared tensors."""
 
@@ -53,7 +52,7 @@ class RoundRequest:
     tensors: Tensors = field(default_factory=dict)
 
 
-@message()
+@dataclass(frozen=True, config=STRICT)
 class Metric:
     """One figure of one site.
 
@@ -74,7 +73,7 @@ class Metric:
     high: float | None = None
 
 
-@message()
+@dataclass(frozen=True, config=STRICT)
 class RoundReply:
     """A site's answer: trained shared tensors, the studies behind each block, and its figures.
 
@@ -92,7 +91,7 @@ class RoundReply:
     tensors: Tensors = field(default_factory=dict)
 
 
-@message()
+@dataclass(frozen=True, config=STRICT)
 class Refusal:
     """The site will not answer, and why. The reason holds nothing read from a patient's record."""
 
@@ -112,7 +111,7 @@ def to_arrays(tensors: Tensors) -> dict[str, Array]:
 
 def to_records(message: Message, arrays: dict[str, Array] | None = None) -> RecordDict:
     """Pack a message into Flower records; `arrays` stand for its tensors where these were serialised already."""
-    text = RootModel[type(message)](message).model_dump_json(exclude={"tensors"})
+    text = TypeAdapter(type(message)).dump_json(message, exclude={"tensors"}).decode()
     records = RecordDict({"message": ConfigRecord({"type": type(message).__name__, "json": text})})
     if isinstance(message, RoundRequest | RoundReply):
         records["tensors"] = ArrayRecord(to_arrays(message.tensors) if arrays is None else arrays)
@@ -139,4 +138,6 @@ def from_records(records: RecordDict, *expected: type[Expected]) -> Expected:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise MmfmError(f"the message {name} is malformed: {where}: {first['msg']}") from error
-    return replace(message, tensors=tensors) if tensors else message
+    if not isinstance(message, RoundRequest | RoundReply):
+        return message
+    return replace(message, tensors=tensors)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from flwr.serverapp import Grid
 
@@ -10,7 +11,7 @@ from mmfm_core.config.loading import sha256
 from mmfm_core.config.rounds import Round, rounds_of
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import full_model
-from mmfm_core.models.parameters import check_patterns, fates_of, held
+from mmfm_core.models.parameters import blocks_of, check_patterns, fates_of, held
 from mmfm_core.protocol import Describe, Refusal, RoundReply, RoundRequest, SiteDescription, to_arrays, to_records
 from mmfm_core.storage import Tensors
 from server.exchange import POLL_SECONDS, Answer, ask
@@ -47,9 +48,12 @@ class Coordinator:
     def work(self) -> None:
         """All rounds that are left."""
         rounds = rounds_of(self.federation)
-        done, shared = self.run.checkpoint() or (0, initial_shared(self.federation))
+        initial = initial_state(self.federation)
+        first = {name: initial[name] for name in held(fates_of(self.federation, initial), "shared")}
+        done, shared = self.run.checkpoint() or (0, first)
         self.run.forget_after(done)
-        self.run.update(status="running", cause=None, rounds=len(rounds))
+        blocks = [asdict(block) for block in blocks_of(self.federation, initial)]
+        self.run.update(status="running", cause=None, rounds=len(rounds), blocks=blocks)
         self._meet_sites()
         check_sites(self.federation, self.sites.values())
         self.run.update(sites={site.site: _facts(site) for site in self.sites.values()})
@@ -72,8 +76,10 @@ class Coordinator:
                 break
             time.sleep(POLL_SECONDS)
         if len(self.sites) < policy.min_sites:
-            raise MmfmError(f"{len(self.sites)} sites are ready and aggregation.min_sites is {policy.min_sites}; "
-                            "see events.jsonl for who refused and why, then resume")
+            raise MmfmError(
+                f"{len(self.sites)} sites are ready and aggregation.min_sites is {policy.min_sites}; "
+                "see events.jsonl for who refused and why, then resume"
+            )
 
     def _describe_new_nodes(self) -> None:
         new = [node for node in self.grid.get_node_ids() if node not in self.sites and node not in self._refused]
@@ -100,10 +106,15 @@ class Coordinator:
                 return
             strategy.void()
             self.run.forget_after(this.number - 1)
-            self.run.tell(f"round {this.number} is void: fewer than {needed} usable replies (attempt {attempt} of "
-                          f"{ATTEMPTS})", level="warning", round=this.number)
-        raise MmfmError(f"round {this.number} came to nothing {ATTEMPTS} times: fewer than {needed} sites gave a usable "
-                        "reply; see events.jsonl for each site's reason, then resume")
+            self.run.tell(
+                f"round {this.number} is void: fewer than {needed} usable replies (attempt {attempt} of {ATTEMPTS})",
+                level="warning",
+                round=this.number,
+            )
+        raise MmfmError(
+            f"round {this.number} came to nothing {ATTEMPTS} times: fewer than {needed} sites gave a usable "
+            "reply; see events.jsonl for each site's reason, then resume"
+        )
 
     def _attempt(self, strategy: Strategy, this: Round) -> int:
         """Ask once, fold what comes, and return the number of usable replies."""
@@ -114,7 +125,10 @@ class Coordinator:
         request = RoundRequest(self.document, this.number)
         usable = bytes_up = 0
         for answer in ask(
-            self.grid, asked, lambda node: to_records(request, {name: arrays[name] for name in names[node]}), "train",
+            self.grid,
+            asked,
+            lambda node: to_records(request, {name: arrays[name] for name in names[node]}),
+            "train",
             self.federation.aggregation.deadline,
         ):
             site = asked[answer.node]
@@ -129,9 +143,13 @@ class Coordinator:
             usable += 1
             bytes_up += sum(tensor.nbytes for tensor in answer.message.tensors.values())
             self._record(answer.message, site, this)
-        bytes_down = sum(len(arrays[name].data) for sent in names.values() for name in sent)
-        for metric, value in {"sites": usable, "bytes_down": bytes_down, "bytes_up": bytes_up,
-                              "seconds": time.monotonic() - started}.items():
+        bytes_down = sum(strategy.shared[name].nbytes for sent in names.values() for name in sent)
+        for metric, value in {
+            "sites": usable,
+            "bytes_down": bytes_down,
+            "bytes_up": bytes_up,
+            "seconds": time.monotonic() - started,
+        }.items():
             self.run.record(round=this.number, stage=this.name, site="federation", metric=metric, value=value)
         return usable
 
@@ -141,8 +159,17 @@ class Coordinator:
         if reply.loss is not None:
             self.run.record(**line, split="train", metric="loss", value=reply.loss)
         for m in reply.metrics:
-            self.run.record(**line, task=m.task, model=m.model, split=m.split, metric=m.metric, value=m.value, n=m.n,
-                            low=m.low, high=m.high)
+            self.run.record(
+                **line,
+                task=m.task,
+                model=m.model,
+                split=m.split,
+                metric=m.metric,
+                value=m.value,
+                n=m.n,
+                low=m.low,
+                high=m.high,
+            )
 
     def _tell_problem(self, answer: Answer, this: Round | None) -> None:
         known = self.sites.get(answer.node)
@@ -153,15 +180,17 @@ class Coordinator:
         self.run.tell(text, level="warning", site=known.site if known else name, round=this.number if this else None)
 
 
-def initial_shared(federation: Federation) -> Tensors:
-    """The shared tensors of the full model, from the document's seed.
+def initial_state(federation: Federation) -> Tensors:
+    """The full model's state from the document's seed.
 
     Raises:
         MmfmError: the parameter policy does not fit the model's names.
     """
-    state = full_model(federation.model, federation.seed).state_dict()
+    state = {
+        name: tensor.numpy() for name, tensor in full_model(federation.model, federation.seed).state_dict().items()
+    }
     check_patterns(federation, state)
-    return {name: state[name].numpy() for name in held(fates_of(federation, state), "shared")}
+    return state
 
 
 def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> None:
@@ -177,8 +206,10 @@ def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> Non
     for index, stage in enumerate(federation.stages):
         for head in stage.tasks:
             if not any(sum(site.targets.get(head, {}).get("train", {}).values()) for site in sites):
-                raise MmfmError(f"stages.{index}.tasks.{head}: no site has a training label for it; map a column under "
-                                "'targets' in a site's file")
+                raise MmfmError(
+                    f"stages.{index}.tasks.{head}: no site has a training label for it; map a column under "
+                    "'targets' in a site's file"
+                )
 
 
 def _facts(site: SiteDescription) -> dict[str, object]:

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import Refusal, RoundReply, SiteDescription, from_records
 
+UNASKED = -1
 POLL_SECONDS = 0.2  # Flower's own send_and_receive looks every 3 s, and hands over nothing before the last reply
 
 
@@ -38,8 +39,8 @@ def ask(
     while waiting and time.monotonic() < end:
         arrived = False
         for reply in grid.pull_messages(list(waiting)):
-            node = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
+            node = waiting.pop(reply.metadata.reply_to_message_id, UNASKED)
+            if node != UNASKED:
                 arrived = True
                 yield _answer(node, reply)
         if waiting and not arrived:
@@ -52,6 +53,8 @@ def _answer(node: int, reply: Message) -> Answer:
     if reply.has_error():
         return Answer(node, None, f"Flower reports: {reply.error.reason}")
     try:
-        return Answer(node, from_records(reply.content, SiteDescription, RoundReply, Refusal))
+        message = from_records(reply.content, SiteDescription, RoundReply, Refusal)
+        assert isinstance(message, SiteDescription | RoundReply | Refusal)
+        return Answer(node, message)
     except MmfmError as error:
         return Answer(node, None, str(error))

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.storage import Tensors, read_tensors, whole_folder, write_json, write_tensors, write_text
 
 KEPT_CHECKPOINTS = 2
+LOCK_SECONDS = 3.0  # a killed command's worker takes a moment to notice
 
 
 class Run:
@@ -26,19 +28,40 @@ class Run:
 
     @classmethod
     def create(cls, directory: Path, federation: Federation, **facts: Any) -> "Run":
-        """Start a new run in a directory that does not exist yet, or is empty.
+        """Start a new run. A run that never came to a checkpoint has nothing to lose, and is replaced.
 
         Raises:
             MmfmError: the directory is in use.
         """
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise MmfmError(f"{directory}: a run is already here; go on with --resume, start over with --replace, "
-                            "or name another place with --run")
         run = cls(directory)
+        if (directory / "run.json").is_file():
+            if run.checkpoint() is not None:
+                raise MmfmError(
+                    f"{directory}: a run is already here; go on with --resume, start over with --replace, "
+                    "or name another place with --run"
+                )
+            run.delete()
+        elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise MmfmError(f"{directory}: holds something that is not a run; name another place with --run")
+        run.update(
+            name=federation.name,
+            federation=sha256(federation),
+            status="preparing",
+            cause=None,
+            started=time.time(),
+            **facts,
+        )
         write_text(directory / "federation.yaml", dump(federation))
-        run.update(name=federation.name, federation=sha256(federation), status="starting", cause=None,
-                   started=time.time(), **facts)
         return run
+
+    def delete(self) -> None:
+        """Delete the run and all in its directory.
+
+        Raises:
+            MmfmError: another process works on it.
+        """
+        with self.locked():
+            shutil.rmtree(self.directory)
 
     @classmethod
     def open(cls, directory: Path) -> "Run":
@@ -86,9 +109,7 @@ class Run:
             write_tensors(checkpoint / "shared.safetensors", shared)
             write_json(checkpoint / "state.json", {"round": round_number, "federation": self.facts["federation"]})
         for old in sorted(folder.glob("round-*"))[:-KEPT_CHECKPOINTS]:
-            for file in old.iterdir():
-                file.unlink()
-            old.rmdir()
+            shutil.rmtree(old)
 
     def checkpoint(self) -> tuple[int, Tensors] | None:
         """The last whole checkpoint: the round it was made after, and the shared state."""
@@ -110,10 +131,17 @@ class Run:
             MmfmError: another process works on it.
         """
         with (self.directory / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise MmfmError(f"{self.directory}: another process is working on this run; wait for it or stop it") from error
+            end = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > end:
+                        raise MmfmError(
+                            f"{self.directory}: another process is working on this run; wait for it to end, or stop it"
+                        ) from error
+                    time.sleep(0.1)
             yield
 
 

@@ -77,7 +77,9 @@ class Strategy:
             raise MmfmError("its weights do not name the blocks it was asked for")
         for block, weight in weights.items():
             if not math.isfinite(weight) or not 0 <= weight <= site.studies["train"]:
-                raise MmfmError(f"its weight of '{block}' is not between 0 and its {site.studies['train']} training studies")
+                raise MmfmError(
+                    f"its weight of '{block}' is not between 0 and its {site.studies['train']} training studies"
+                )
 
 
 def training_studies(site: SiteDescription, stage: Stage) -> int:

@@ -87,13 +87,16 @@ class Federation(Strict):
         for index, stage in enumerate(self.stages):
             for task in stage.tasks:
                 if task not in self.model.heads:
-                    raise ValueError(f"stages.{index}.tasks.{task}: there is no such head; "
-                                     f"{did_you_mean(task, self.model.heads)}")
+                    raise ValueError(
+                        f"stages.{index}.tasks.{task}: there is no such head; {did_you_mean(task, self.model.heads)}"
+                    )
             if names.count(stage.name) > 1:
                 raise ValueError(f"stages.{index}.name: '{stage.name}' is used twice")
             if stage.federated and not all(earlier.federated for earlier in self.stages[:index]):
-                raise ValueError(f"stages.{index}: a federated stage cannot follow one that adapts at the sites; "
-                                 "what a site adapted is never sent")
+                raise ValueError(
+                    f"stages.{index}: a federated stage cannot follow one that adapts at the sites; "
+                    "what a site adapted is never sent"
+                )
         for head in self.evaluation:
             if head not in self.model.heads:
                 raise ValueError(f"evaluation.{head}: there is no such head; {did_you_mean(head, self.model.heads)}")

@@ -55,7 +55,9 @@ def load_sites(path: Path) -> dict[str, Site]:
         raise MmfmError(f"{path}: unknown key '{unknown[0]}'; {did_you_mean(str(unknown[0]), ['defaults', 'sites'])}")
     entries, defaults = document.get("sites"), document.get("defaults") or {}
     if not isinstance(entries, dict) or not entries:
-        raise MmfmError(f"{path}: sites: must hold at least one site, for example 'sites: {{north: {{manifest: ...}}}}'")
+        raise MmfmError(
+            f"{path}: sites: must hold at least one site, for example 'sites: {{north: {{manifest: ...}}}}'"
+        )
     if not isinstance(defaults, dict):
         raise MmfmError(f"{path}: defaults: must be a mapping of keys of a site")
     sites = {}

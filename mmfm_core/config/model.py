@@ -1,6 +1,6 @@
 """The `model` part of the document: modalities, encoders, fusion, heads. Closed registries of names, no import paths.
 
-A document that a server sends to a hospital must not be able to name code, so every `type` and `kind` is a literal here.
+The document that a server sends to a hospital must not be able to name code: every `type` and `kind` is a literal.
 """
 
 from typing import Annotated, Any, Literal
@@ -172,8 +172,10 @@ class Model(Strict):
             if isinstance(modality, ImageModality) and isinstance(encoder, VisionTransformer):
                 for side in modality.size:
                     if side % encoder.patch_size:
-                        raise ValueError(f"modalities.{name}.size: {side} is not a multiple of the encoder's "
-                                         f"patch_size {encoder.patch_size}")
+                        raise ValueError(
+                            f"modalities.{name}.size: {side} is not a multiple of the encoder's "
+                            f"patch_size {encoder.patch_size}"
+                        )
         for where, part in [(f"encoders.{n}", e) for n, e in self.encoders.items()] + [("fusion", self.fusion)]:
             heads = getattr(part, "heads", 1)
             if self.dim % heads:

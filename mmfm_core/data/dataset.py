@@ -1,7 +1,7 @@
 """A site's studies as tensors, decoded once, with a presence mask per modality.
 
-Where a modality is absent its row holds a neutral filler that no result may depend on: the mask removes it. (Leaving the
-row out would give each encoder its own batch size, and per-patient gradients would lose their patient.)
+Where a modality is absent its row holds a neutral filler that no result may depend on: the mask removes it. (Leaving
+the row out would give each encoder its own batch size, and per-patient gradients would lose their patient.)
 """
 
 from collections.abc import Sequence
@@ -57,8 +57,12 @@ class Dataset:
     def batch(self, rows: Sequence[int]) -> Batch:
         """The studies `rows`, in that order."""
         index = torch.as_tensor(rows, dtype=torch.long)
-        return Batch(*({k: v[index] for k, v in part.items()} for part in
-                       (self.everything.inputs, self.everything.present, self.everything.targets)))
+        return Batch(
+            *(
+                {k: v[index] for k, v in part.items()}
+                for part in (self.everything.inputs, self.everything.present, self.everything.targets)
+            )
+        )
 
     def rows(self, split: Split, heads: Sequence[str]) -> list[int]:
         """The studies of a split that have a label for at least one of `heads`."""
@@ -90,34 +94,42 @@ def load_dataset(site: Site, model: Model) -> Dataset:
         elif isinstance(modality, TextModality):
             inputs[name], cut = _texts(studies, name, modality)
             if cut:
-                notes.append(f"{cut} of {int(here.sum())} texts of '{name}' are longer than {modality.max_length} tokens "
-                             "and were cut")
+                notes.append(
+                    f"{cut} of {int(here.sum())} texts of '{name}' are longer than {modality.max_length} tokens "
+                    "and were cut"
+                )
         else:
             inputs[name] = _features(studies, name, modality, fit)
         present[name] = here
     targets = {
         head: torch.tensor([study.targets.get(head, UNLABELLED) for study in studies])
-        for head in model.heads if any(head in study.targets for study in studies)
+        for head in model.heads
+        if any(head in study.targets for study in studies)
     }
     return Dataset(Batch(inputs, present, targets), studies, notes)
 
 
 def concatenate(datasets: Sequence[Dataset], model: Model) -> Dataset:
     """The studies of several sites as one, each normalised as its own site does: the pooled bound in a simulation."""
+
     def join(part: str, names: Sequence[str], fill: float) -> dict[str, Tensor]:
         columns = {}
         for name in names:
             parts = [getattr(d.everything, part).get(name) for d in datasets]
             like = next((p for p in parts if p is not None), None)
             if like is not None:
-                columns[name] = torch.cat([
-                    p if p is not None else like.new_full((len(d), *like.shape[1:]), fill)
-                    for p, d in zip(parts, datasets, strict=True)
-                ])
+                columns[name] = torch.cat(
+                    [
+                        p if p is not None else like.new_full((len(d), *like.shape[1:]), fill)
+                        for p, d in zip(parts, datasets, strict=True)
+                    ]
+                )
         return columns
 
     modalities, heads = list(model.modalities), list(model.heads)
-    everything = Batch(join("inputs", modalities, 0), join("present", modalities, 0), join("targets", heads, UNLABELLED))
+    everything = Batch(
+        join("inputs", modalities, 0), join("present", modalities, 0), join("targets", heads, UNLABELLED)
+    )
     # Two hospitals may use the same number for different people.
     studies = [replace(s, patient=f"{index}/{s.patient}") for index, d in enumerate(datasets) for s in d.studies]
     return Dataset(everything, studies, [note for d in datasets for note in d.notes])

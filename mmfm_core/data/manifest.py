@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,14 +51,21 @@ def read_manifest(site: Site, model: Model) -> list[Study]:
         present = {name: value for name, values in inputs.items() if (value := values[index]) is not None}
         for name in required:
             if name not in present:
-                raise table.error(index, f"has no '{name}', which the federation requires; fill it in, or declare "
-                                  f"'optional: true' under model.modalities.{name}")
+                raise table.error(
+                    index,
+                    f"has no '{name}', which the federation requires; fill it in, or declare "
+                    f"'optional: true' under model.modalities.{name}",
+                )
         if present:
             labels = {name: label for name, values in targets.items() if (label := values[index]) is not None}
-            studies.append(Study(table.row(index), table.studies[index], table.patients[index], splits[index], present, labels))
+            studies.append(
+                Study(table.row(index), table.studies[index], table.patients[index], splits[index], present, labels)
+            )
     if not studies:
-        raise MmfmError(f"{site.manifest}: site '{site.name}' has no study with any modality; "
-                        "check 'modalities' and 'missing' in the site's file")
+        raise MmfmError(
+            f"{site.manifest}: site '{site.name}' has no study with any modality; "
+            "check 'modalities' and 'missing' in the site's file"
+        )
     return studies
 
 
@@ -75,8 +81,11 @@ def _splits(table: Table, site: Site) -> list[Split]:
         split = words[cell]
         first, row = first_seen.setdefault(table.patients[index], (split, table.row(index)))
         if first != split:
-            raise table.error(index, f"this patient is in split '{split}' here and '{first}' in row {row}; keep each "
-                              "patient in one split, or a model is tested on patients it has seen")
+            raise table.error(
+                index,
+                f"this patient is in split '{split}' here and '{first}' in row {row}; keep each "
+                "patient in one split, or a model is tested on patients it has seen",
+            )
         splits.append(split)
     return splits
 
@@ -89,13 +98,16 @@ def hashed_split(patient: str, fractions: SplitFractions) -> Split:
     return "val" if position < fractions.train + fractions.val else "test"
 
 
-def _inputs(table: Table, site: Site, model: Model, name: str) -> "list[Path | None] | list[str | None] | list[list[float] | None]":
+def _inputs(
+    table: Table, site: Site, model: Model, name: str
+) -> "list[Path | None] | list[str | None] | list[list[float] | None]":
     modality, mapping, field = model.modalities[name], site.modalities[name], f"modalities.{name}"
     if isinstance(modality, TableModality) != isinstance(mapping, sites.Table):
         wanted = "features: {FEATURE: COLUMN, ...}" if isinstance(modality, TableModality) else "column: NAME"
         raise MmfmError(f"site '{site.name}': {field}: a {modality.kind} modality is mapped by '{wanted}'")
-    if isinstance(mapping, sites.Table):
+    if isinstance(mapping, sites.Table) and isinstance(modality, TableModality):
         return _rows(table, mapping, modality, field)
+    assert isinstance(mapping, Column)
     cells = table.cells(mapping, field)
     return cells if isinstance(modality, TextModality) else _paths(table, site, mapping, cells)
 
@@ -106,8 +118,11 @@ def _paths(table: Table, site: Site, column: Column, cells: list[str | None]) ->
         path = site.manifest.parent / cell if cell is not None else None
         if path is not None and not path.is_file():
             if site.missing_files == "error":
-                raise table.error(index, f"column '{column.column}': the file does not exist; restore it, or set "
-                                  "'missing_files: absent' in the site's file")
+                raise table.error(
+                    index,
+                    f"column '{column.column}': the file does not exist; restore it, or set "
+                    "'missing_files: absent' in the site's file",
+                )
             path = None
         paths.append(path)
     return paths
@@ -116,11 +131,14 @@ def _paths(table: Table, site: Site, column: Column, cells: list[str | None]) ->
 def _rows(table: Table, mapping: sites.Table, modality: TableModality, field: str) -> list[list[float] | None]:
     for feature in mapping.features:
         if feature not in modality.features:
-            raise MmfmError(f"site '{table.site.name}': {field}.features.{feature}: the federation has no such feature; "
-                            f"{did_you_mean(feature, modality.features)}")
+            raise MmfmError(
+                f"site '{table.site.name}': {field}.features.{feature}: the federation has no such feature; "
+                f"{did_you_mean(feature, modality.features)}"
+            )
     columns = {
         feature: _numbers(table, mapping.features[feature], spec, f"{field}.features.{feature}")
-        for feature, spec in modality.features.items() if feature in mapping.features
+        for feature, spec in modality.features.items()
+        if feature in mapping.features
     }
     absent = [math.nan] * len(table)
     rows = zip(*(columns.get(feature, absent) for feature in modality.features), strict=True)
@@ -137,7 +155,9 @@ def _numbers(table: Table, column: Column, spec: object, field: str) -> list[flo
         else:
             number = as_number(cell)
             if number is None or math.isinf(number):
-                raise table.error(index, f"column '{column.column}' is not a number; mend it, or list it under 'missing'")
+                raise table.error(
+                    index, f"column '{column.column}' is not a number; mend it, or list it under 'missing'"
+                )
             numbers.append(number)
     return numbers
 
@@ -150,6 +170,9 @@ def _targets(table: Table, site: Site, head: ClassificationHead, name: str) -> l
 
 def _choice(table: Table, index: int, column: Column, cell: str, choices: tuple[str, ...]) -> int:
     if cell not in choices:
-        raise table.error(index, f"column '{column.column}' is none of {', '.join(choices)}; rename its values under "
-                          "'values', or list them under 'missing'")
+        raise table.error(
+            index,
+            f"column '{column.column}' is none of {', '.join(choices)}; rename its values under "
+            "'values', or list them under 'missing'",
+        )
     return choices.index(cell)

@@ -26,8 +26,10 @@ def read_image(path: Path, modality: ImageModality) -> np.ndarray:
                 pixels, full_scale = image.convert("RGB" if modality.channels == 3 else "L"), 255.0
             resized = pixels.resize((width, height), Image.Resampling.BILINEAR)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MmfmError(f"{path.name}: cannot be read as an image ({type(error).__name__}); restore the file, or empty "
-                        "its cell in the manifest") from error
+        raise MmfmError(
+            f"{path.name}: cannot be read as an image ({type(error).__name__}); restore the file, or empty "
+            "its cell in the manifest"
+        ) from error
     channels = np.asarray(resized, dtype=np.float32) / full_scale
     channels = channels[None] if channels.ndim == 2 else channels.transpose(2, 0, 1)
     return np.broadcast_to(channels, (modality.channels, height, width)).astype(np.float32)

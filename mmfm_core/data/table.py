@@ -3,6 +3,7 @@
 Error texts name the row and the column, never the value that stands there: they may leave the site.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,8 +43,11 @@ class Table:
         seen: set[str] = set()
         for index, study in enumerate(self.studies):
             if study in seen:
-                raise self.error(index, f"column '{site.study}' (study): an earlier row has the same identifier; "
-                                 "give each study its own, or drop the copy")
+                raise self.error(
+                    index,
+                    f"column '{site.study}' (study): an earlier row has the same identifier; "
+                    "give each study its own, or drop the copy",
+                )
             seen.add(study)
 
     def __len__(self) -> int:
@@ -74,8 +78,10 @@ class Table:
 
     def _column(self, frame: pd.DataFrame, name: str, field: str) -> "pd.Series[str]":
         if name not in frame.columns:
-            raise MmfmError(f"{self.site.manifest}: there is no column '{name}' (named by '{field}' of site "
-                            f"'{self.site.name}'); {did_you_mean(name, map(str, frame.columns))}")
+            raise MmfmError(
+                f"{self.site.manifest}: there is no column '{name}' (named by '{field}' of site "
+                f"'{self.site.name}'); {did_you_mean(name, map(str, frame.columns))}"
+            )
         return frame[name].astype(str).str.strip()
 
     def _identifiers(self, name: str, field: str) -> list[str]:
@@ -99,8 +105,10 @@ def read_frame(path: Path) -> pd.DataFrame:
     except FileNotFoundError as error:
         raise MmfmError(f"{path}: the manifest does not exist; check 'manifest' in the site's file") from error
     except Exception as error:  # pandas raises a dozen kinds for a damaged file
-        raise MmfmError(f"{path}: cannot be read as {path.suffix[1:]} ({type(error).__name__}); export it again") from error
-    return frame.map(lambda cell: "" if cell is None or cell != cell else str(cell))
+        raise MmfmError(
+            f"{path}: cannot be read as {path.suffix[1:]} ({type(error).__name__}); export it again"
+        ) from error
+    return frame.map(lambda cell: "" if pd.isna(cell) else str(cell))
 
 
 def as_number(cell: str) -> float | None:
@@ -109,4 +117,4 @@ def as_number(cell: str) -> float | None:
         number = float(cell)
     except ValueError:
         return None
-    return number if number == number else None
+    return None if math.isnan(number) else number

@@ -1,8 +1,8 @@
 """Make torchvision importable beside a CPU build of torch.
 
 torchvision's published wheels are built against CUDA. Beside a CPU torch their compiled operators do not load, and
-`import torchvision` fails on the two operators it registers unguarded. Declaring them lets the import go through; nothing
-here calls them.
+`import torchvision` fails on the two operators it registers unguarded. Declaring them lets the import go through;
+nothing here calls them.
 """
 
 import sys
@@ -15,7 +15,7 @@ SCHEMAS = (
 )
 
 try:
-    import torchvision  # noqa: F401
+    import torchvision
 except RuntimeError as error:
     if "operator torchvision::" not in str(error):
         raise

@@ -11,7 +11,7 @@ from mmfm_core.config.model import Model as ModelConfig
 from mmfm_core.data.dataset import Batch
 from mmfm_core.models.encoders import build_encoder
 from mmfm_core.models.fusion import build_fusion
-from mmfm_core.models.heads import build_head
+from mmfm_core.models.heads import ClassificationHead, build_head
 
 
 class MultimodalModel(nn.Module):
@@ -38,10 +38,21 @@ class MultimodalModel(nn.Module):
         """Outputs of `heads`; what a study's absent modalities hold has no influence."""
         parts = {
             name: encoder(batch.inputs[name]).only(batch.present[name])
-            for name, encoder in self.encoders.items() if name in batch.inputs
+            for name, encoder in self.encoders.items()
+            if name in batch.inputs
         }
         fused = self.fusion(parts)
         return {name: self.heads[name](fused) for name in heads}
+
+    def losses(self, batch: Batch, heads: Collection[str]) -> dict[str, Tensor]:
+        """The loss of each study for each head, [B]; zero where it has no label."""
+        outputs = self(batch, heads)
+        losses = {}
+        for name in heads:
+            head = self.heads[name]
+            assert isinstance(head, ClassificationHead)
+            losses[name] = head.loss(outputs[name], batch.targets[name])
+        return losses
 
 
 @contextmanager

@@ -1,7 +1,11 @@
-"""The parameter policy: every name of the state dict has one fate, and FedAvg, FedPer or a local fusion are patterns."""
+"""The parameter policy: every name of the state dict has one fate; FedAvg, FedPer or a local fusion are patterns."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+
+import numpy as np
 
 from mmfm_core.config.federation import Fate, Federation
 from mmfm_core.config.strict import did_you_mean
@@ -17,8 +21,9 @@ def fates_of(federation: Federation, names: Iterable[str]) -> dict[str, Fate]:
     for name in names:
         fate = next((fate for fate in ORDER if matches(name, lists[fate])), None)
         if fate is None:
-            raise MmfmError(f"parameters: '{name}' matches no pattern, so it has no fate; "
-                            "add it to shared, local or frozen")
+            raise MmfmError(
+                f"parameters: '{name}' matches no pattern, so it has no fate; add it to shared, local or frozen"
+            )
         fates[name] = fate
     return fates
 
@@ -37,7 +42,28 @@ def check_patterns(federation: Federation, names: Iterable[str]) -> None:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 prefixes = {block_of(name) + ".*" for name in names}
-                raise MmfmError(f"{place}: the pattern '{pattern}' matches no parameter; {did_you_mean(pattern, prefixes)}")
+                raise MmfmError(
+                    f"{place}: the pattern '{pattern}' matches no parameter; {did_you_mean(pattern, prefixes)}"
+                )
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one block of a model holds of one fate: numbers (buffers included) and bytes."""
+
+    block: str
+    fate: Fate
+    parameters: int
+    bytes: int
+
+
+def blocks_of(federation: Federation, state: Mapping[str, np.ndarray]) -> list[Block]:
+    """A model's size by block and fate, in the order of its state dict."""
+    sizes: dict[tuple[str, Fate], list[int]] = defaultdict(lambda: [0, 0])
+    for name, fate in fates_of(federation, state).items():
+        sizes[block_of(name), fate][0] += state[name].size
+        sizes[block_of(name), fate][1] += state[name].nbytes
+    return [Block(name, fate, *size) for (name, fate), size in sizes.items()]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -49,8 +49,8 @@ def join(parts: list[Tokens]) -> Tokens:
 def learned(embedding: nn.Embedding, rows: int) -> Tensor:
     """All vectors of an embedding for each row, [rows, n, D].
 
-    Learned vectors live in `nn.Embedding` and are read through its forward with one row per study: a bare parameter beside
-    children, or a vector broadcast over the batch, hides per-patient gradients from hooks (see tests/test_private_ready.py).
+    Learned vectors live in `nn.Embedding` and are read through its forward with one row per study: a bare parameter
+    beside children, or a vector broadcast over the batch, hides per-patient gradients from hooks.
     """
     index = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
     return embedding(index.expand(rows, -1))

@@ -44,12 +44,24 @@ def predict(model: MultimodalModel, dataset: Dataset, split: Split) -> Iterator[
         yield Predictions(head, rows, torch.cat(logits).softmax(-1), dataset.batch(rows).targets[head])
 
 
-def metrics_of(predictions: Predictions, dataset: Dataset, federation: Federation, split: Split, state: str) -> list[Metric]:
+def metrics_of(
+    predictions: Predictions, dataset: Dataset, federation: Federation, split: Split, state: str
+) -> list[Metric]:
     """The document's metrics of some predictions; `state` is 'shared' or 'adapted'."""
     patients = [dataset.studies[row].patient for row in predictions.rows]
     found = []
     for name in federation.evaluation_of(predictions.head).metrics:
         m = measure(name, predictions.probabilities, predictions.targets, patients)
-        found.append(Metric(task=predictions.head, model=state, split=split, metric=name, value=m.value,
-                            n=len(predictions.rows), low=m.low, high=m.high))
+        found.append(
+            Metric(
+                task=predictions.head,
+                model=state,
+                split=split,
+                metric=name,
+                value=m.value,
+                n=len(predictions.rows),
+                low=m.low,
+                high=m.high,
+            )
+        )
     return found

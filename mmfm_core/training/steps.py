@@ -33,10 +33,8 @@ def train(model: MultimodalModel, dataset: Dataset, stage: Stage, trainable: Col
     total = torch.zeros(())
     for batch_rows in shuffled_batches(rows, stage.batch_size, stage.local_steps):
         batch = dataset.batch(batch_rows)
-        outputs = model(batch, tasks)
-        loss = torch.stack([
-            task.weight * model.heads[name].loss(outputs[name], batch.targets[name]).mean() for name, task in tasks.items()
-        ]).sum()
+        losses = model.losses(batch, tasks)
+        loss = torch.stack([task.weight * losses[name].mean() for name, task in tasks.items()]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -28,8 +28,13 @@ class InProcessGrid(Grid):
         # Flower keeps who is speaking in a process-wide place; a Message cannot be made without it.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, self._run.run_id, 1
         self._contexts = {
-            node: Context(run_id=self._run.run_id, node_id=node, state=RecordDict(), run_config={},
-                          node_config={"partition-id": node - 1, "num-partitions": nodes})
+            node: Context(
+                run_id=self._run.run_id,
+                node_id=node,
+                state=RecordDict(),
+                run_config={},
+                node_config={"partition-id": node - 1, "num-partitions": nodes},
+            )
             for node in range(1, nodes + 1)
         }
         self._numbers = itertools.count(1)

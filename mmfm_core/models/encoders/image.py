@@ -13,9 +13,17 @@ class ImageEncoder(nn.Module):
     def __init__(self, dim: int, modality: ImageModality, config: VisionTransformer) -> None:
         super().__init__()
         self.vit = timm.create_model(
-            "vit_tiny_patch16_224", pretrained=False, img_size=modality.size, patch_size=config.patch_size,
-            in_chans=modality.channels, embed_dim=dim, depth=config.depth, num_heads=config.heads, num_classes=0,
-            class_token=False, global_pool="",
+            "vit_tiny_patch16_224",
+            pretrained=False,
+            img_size=modality.size,
+            patch_size=config.patch_size,
+            in_chans=modality.channels,
+            embed_dim=dim,
+            depth=config.depth,
+            num_heads=config.heads,
+            num_classes=0,
+            class_token=False,
+            global_pool="",
             pos_embed="none",  # timm's is a bare parameter beside children; ours is an embedding (see `learned`)
         )
         self.position = initialised(nn.Embedding(self.vit.patch_embed.num_patches, dim))

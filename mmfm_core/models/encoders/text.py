@@ -16,8 +16,13 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.bert = BertModel(
             BertConfig(
-                vocab_size=VOCABULARY, hidden_size=dim, num_hidden_layers=config.depth, num_attention_heads=config.heads,
-                intermediate_size=4 * dim, max_position_embeddings=modality.max_length, pad_token_id=PAD_ID,
+                vocab_size=VOCABULARY,
+                hidden_size=dim,
+                num_hidden_layers=config.depth,
+                num_attention_heads=config.heads,
+                intermediate_size=4 * dim,
+                max_position_embeddings=modality.max_length,
+                pad_token_id=PAD_ID,
             ),
             add_pooling_layer=False,
         )

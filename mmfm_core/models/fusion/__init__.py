@@ -10,7 +10,7 @@ from mmfm_core.models.fusion.pooled import ConcatFusion, GatedFusion
 
 
 def build_fusion(model: Model) -> Fusion:
-    """The document's fusion over all its modalities, whichever of them a site holds: its shape is the same everywhere."""
+    """The fusion over all modalities of the document, whichever a site holds: its shape is the same everywhere."""
     modalities = list(model.modalities)
     match model.fusion:
         case JointConfig() as config:

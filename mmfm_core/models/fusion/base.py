@@ -37,5 +37,7 @@ class Fusion(nn.Module, ABC):
         """One vector per modality, [B, M, D], with rows of `missing` [B, M, D] where absent; and presence, [B, M]."""
         absent = missing.new_zeros(len(missing), dtype=torch.bool)
         present = torch.stack([parts[m].mask.any(1) if m in parts else absent for m in self.modalities], 1)
-        means = torch.stack([parts[m].mean() if m in parts else missing[:, i] for i, m in enumerate(self.modalities)], 1)
+        means = torch.stack(
+            [parts[m].mean() if m in parts else missing[:, i] for i, m in enumerate(self.modalities)], 1
+        )
         return torch.where(present[..., None], means, missing), present

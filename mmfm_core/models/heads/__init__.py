@@ -3,6 +3,8 @@
 from mmfm_core.config.model import Model
 from mmfm_core.models.heads.classification import ClassificationHead
 
+__all__ = ["ClassificationHead", "build_head"]
+
 
 def build_head(model: Model, name: str) -> ClassificationHead:
     """The head `name`, with random weights."""

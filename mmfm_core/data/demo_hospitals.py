@@ -1,0 +1,142 @@
+"""The four hospitals of the demonstration: what each one's films, notes, laboratory and coding are like."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Film:
+    """A hospital's X-ray unit.
+
+    Attributes:
+        contrast: how far an opacity stands out (1 is a good digital unit).
+        gamma: the curve from dose to grey value.
+        noise: standard deviation of the grey values, which go from 0 to 1.
+        blur: radius in pixels.
+    """
+
+    contrast: float
+    gamma: float
+    noise: float
+    blur: float
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """A hospital's laboratory values.
+
+    Attributes:
+        response: the share of an infection's effect that is left when the blood is drawn.
+        temperature, crp, leukocytes: mean of patients without infection (degrees Celsius, mg/l, per nl).
+    """
+
+    response: float = 1.0
+    temperature: float = 37.0
+    crp: float = 12.0
+    leukocytes: float = 8.5
+
+
+@dataclass(frozen=True)
+class Notes:
+    """A hospital's way of writing.
+
+    Attributes:
+        infected, well: what is said of fever, and of cough, each in several wordings.
+        remarks: sentences that say nothing of infection.
+        layout: how the three are put together.
+        copied: the share of notes carried over from another stay, which say nothing of today.
+    """
+
+    infected: tuple[tuple[str, ...], tuple[str, ...]]
+    well: tuple[tuple[str, ...], tuple[str, ...]]
+    remarks: tuple[str, ...]
+    layout: str
+    copied: float = 0.0
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """One hospital.
+
+    Attributes:
+        opacity, infection: how common each finding is.
+        pneumonia: the share coded as pneumonia, by [opacity][infection].
+        headings: column names that differ from ours.
+        coded: how the label's cells read for no and yes.
+        empty: what stands in an empty cell.
+    """
+
+    name: str
+    opacity: float
+    infection: float
+    pneumonia: tuple[tuple[float, float], tuple[float, float]]
+    film: Film
+    laboratory: Laboratory | None = None
+    notes: Notes | None = None
+    headings: dict[str, str] = field(default_factory=dict)
+    coded: tuple[str, str] = ("no", "yes")
+    empty: str = ""
+
+
+HOSPITALS = (
+    Hospital(
+        name="university",
+        opacity=0.55,
+        infection=0.55,
+        pneumonia=((0.02, 0.10), (0.10, 0.95)),
+        film=Film(contrast=1.0, gamma=1.0, noise=0.03, blur=0.4),
+        laboratory=Laboratory(response=0.1),
+        notes=Notes(
+            infected=(
+                ("Febrile", "High fever", "Fever since yesterday"),
+                ("productive cough", "purulent sputum"),
+            ),
+            well=(("Afebrile", "No fever", "Normal temperature"), ("dry cough", "no sputum")),
+            remarks=("", "Seen today.", "Stable."),
+            layout="{fever} with {cough}. {remark}",
+        ),
+    ),
+    Hospital(
+        name="intensive",
+        opacity=0.50,
+        infection=0.60,
+        pneumonia=((0.03, 0.15), (0.60, 0.95)),
+        film=Film(contrast=0.9, gamma=1.3, noise=0.05, blur=0.6),
+        laboratory=Laboratory(temperature=37.5, crp=60.0, leukocytes=10.5),
+        headings={"temperature": "temp_c", "crp": "crp_mg_l", "leukocytes": "wbc"},
+        empty="n.d.",
+    ),
+    Hospital(
+        name="outpatient",
+        opacity=0.60,
+        infection=0.50,
+        pneumonia=((0.03, 0.60), (0.15, 0.95)),
+        film=Film(contrast=0.9, gamma=0.8, noise=0.04, blur=0.5),
+        notes=Notes(
+            infected=(
+                ("Fieber seit gestern", "Hohes Fieber", "Schüttelfrost"),
+                ("eitriger Auswurf", "produktiver Husten"),
+            ),
+            well=(("Kein Fieber", "Stets fieberfrei", "Temperatur normal"), ("trockener Husten", "kein Auswurf")),
+            remarks=("", "Raucher.", "Kontrolle."),
+            layout="{fever}, {cough}. {remark}",
+        ),
+        headings={"note": "befund", "pneumonia": "pneumonie"},
+        coded=("nein", "ja"),
+    ),
+    Hospital(
+        name="district",
+        opacity=0.45,
+        infection=0.45,
+        pneumonia=((0.02, 0.08), (0.08, 0.92)),
+        film=Film(contrast=0.8, gamma=1.1, noise=0.08, blur=0.8),
+        laboratory=Laboratory(),
+        notes=Notes(
+            infected=(("Pt febrile", "Fever+", "T high"), ("productive cough", "sputum+")),
+            well=(("Pt afebrile", "Fever-", "T normal"), ("dry cough", "no sputum")),
+            remarks=("", "Hx as prev.", "SOB, on RA."),
+            layout="{remark} {fever}, {cough}.",
+            copied=1.0,
+        ),
+        coded=("0", "1"),
+    ),
+)

@@ -1,0 +1,28 @@
+"""What a federation must be compared with: each site alone, and the bound of all data in one place.
+
+Both are the same document, changed in a line or two, run by the same code.
+"""
+
+from mmfm_core.config import Federation
+
+
+def local_only(federation: Federation) -> Federation:
+    """Every site alone, from the same initial model, for as many steps as it takes in the federated rounds."""
+    stages = tuple(
+        stage.model_copy(update={"federated": False, "rounds": 1, "local_steps": stage.rounds * stage.local_steps})
+        for stage in federation.stages
+        if stage.federated
+    )
+    return federation.model_copy(update={"stages": stages})
+
+
+def pooled(federation: Federation, sites: int) -> Federation:
+    """All data at one site, for as many steps as all sites take together in the federated rounds."""
+    stages = tuple(
+        stage.model_copy(update={"local_steps": sites * stage.local_steps})
+        for stage in federation.stages
+        if stage.federated
+    )
+    aggregation = federation.aggregation.model_copy(update={"min_sites": 1})
+    everything = federation.parameters.model_copy(update={"shared": ("*",), "local": ()})
+    return federation.model_copy(update={"stages": stages, "aggregation": aggregation, "parameters": everything})

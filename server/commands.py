@@ -1,0 +1,83 @@
+"""The coordinator's and the researcher's commands. Heavy imports wait until a command needs them."""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+FederationFile = Annotated[Path, typer.Argument(help="The federation's document (YAML).", show_default=False)]
+SitesFile = Annotated[
+    Path | None, typer.Option("--sites", help="The sites' file; by default NAME.sites.yaml beside NAME.yaml.")
+]
+
+
+class Engine(StrEnum):
+    """Where the same two apps run."""
+
+    IN_PROCESS = "in-process"
+    RAY = "ray"
+    SUPERLINK = "superlink"
+
+
+def simulate(
+    federation: FederationFile,
+    sites: SitesFile = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Run directory; by default runs/NAME.")] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="in-process: one process, no network. ray: Flower's simulation. "
+            "superlink: Flower's own server and one node per site, on loopback."
+        ),
+    ] = Engine.IN_PROCESS,
+    seed: Annotated[int | None, typer.Option(help="Replace the document's seed.")] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Also train each site alone and on pooled data, to compare with.")
+    ] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Delete the run in the way first.")] = False,
+) -> None:
+    """Simulate a federation on this machine: every hospital, all rounds, a report at the end."""
+    from server.simulation import Request
+    from server.simulation import simulate as run_simulation
+
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # workers' threads fight for the cores otherwise, at ten times the cost
+    run_simulation(
+        Request(federation, _sites_file(federation, sites), run, engine.value, seed, baselines, resume, replace),
+        Console(),
+    )
+
+
+def plan(federation: FederationFile, sites: SitesFile = None) -> None:
+    """Print what a federation would do: sites, parameters and their fate, bytes per round, minutes. Trains nothing."""
+    from server.plan import show_plan
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    show_plan(federation, _sites_file(federation, sites), Console())
+
+
+def demo_data(
+    folder: Annotated[Path, typer.Argument(help="Where to write the hospitals.")] = Path("runs/demo-data"),
+) -> None:
+    """Generate four small hospitals that differ the way hospitals do (seconds, no network, always the same)."""
+    from mmfm_core.data.demo import generate
+
+    generate(folder)
+    Console().print(f"Four hospitals are in {folder}; next: mmfm simulate deploy/federations/demo.yaml")
+
+
+def report(run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]) -> None:
+    """Write a run's report.html anew, also for a run that goes on or failed."""
+    from server.record import Run
+    from server.report import write_report
+
+    Console().print(f"Report: {write_report(Run.open(run).directory)}")
+
+
+def _sites_file(federation: Path, sites: Path | None) -> Path:
+    return sites or federation.with_name(f"{federation.stem}.sites.yaml")

@@ -1,0 +1,51 @@
+"""The bound: all sites' data in one place, which only a simulation can have."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from client import gates
+from client.agent import Agent
+from client.app import site_directories
+from mmfm_core.config import load_site
+from mmfm_core.config.model import Model
+from mmfm_core.config.rounds import rounds_of
+from mmfm_core.data.dataset import Dataset, concatenate, load_dataset
+from mmfm_core.errors import MmfmError
+from mmfm_core.protocol import Describe, RoundReply, RoundRequest, SiteDescription
+from server.engines.in_process import simulate_with
+from server.record import Run
+from server.strategy import Strategy
+
+
+def simulate(run_directory: Path) -> None:
+    """Train on all sites' studies as if they were one site's, then measure the model on each site's own patients.
+
+    Raises:
+        MmfmError: a site's data cannot be used, or the run failed.
+    """
+    run = Run.open(run_directory)
+    folders = site_directories(run_directory / "sites")
+    gates.approve(run_directory / "pooled" / "approved", run.federation)
+    simulate_with(run_directory, [Agent(run_directory / "pooled", "pooled", partial(_read_all, folders))])
+    checkpoint = run.checkpoint()
+    assert checkpoint is not None
+    strategy = Strategy(run.federation, checkpoint[1])
+    for folder in folders:
+        _measure(Agent.open(folder), run, strategy)
+
+
+def _measure(agent: Agent, run: Run, strategy: Strategy) -> None:
+    document, last = run.facts["federation"], rounds_of(run.federation)[-1]
+    site = agent.answer(Describe(document))
+    reply = site
+    if isinstance(site, SiteDescription):
+        tensors = {name: strategy.shared[name] for name in strategy.tensors_for(site)}
+        reply = agent.answer(RoundRequest(document, last.number, tensors))
+    if not isinstance(reply, RoundReply):
+        raise MmfmError(f"site '{agent.name}' could not measure the pooled model: {reply}")
+
+
+def _read_all(folders: Sequence[Path], model: Model) -> Dataset:
+    sites = [load_site(folder / "site.yaml") for folder in folders]
+    return concatenate([load_dataset(site, model) for site in sites], model)

@@ -1,0 +1,163 @@
+"""`mmfm plan`: what a federation would do, before anything trains."""
+
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmfm_core.config import Federation, load_federation, load_sites
+from mmfm_core.config.loading import sha256
+from mmfm_core.config.model import ImageModality, TextModality
+from mmfm_core.config.rounds import rounds_of
+from mmfm_core.data.dataset import Batch
+from mmfm_core.data.description import describe
+from mmfm_core.data.manifest import read_manifest
+from mmfm_core.data.tokenizer import VOCABULARY
+from mmfm_core.models.model import MultimodalModel, full_model
+from mmfm_core.models.parameters import Block, blocks_of, check_patterns, fates_of, matches
+from mmfm_core.protocol import SiteDescription
+from mmfm_core.storage import Tensors
+from server.coordinator import check_sites
+from server.simulation import check_documents
+from server.strategy import Strategy
+
+MB = 1e6
+
+
+def show_plan(federation_file: Path, sites_file: Path, console: Console) -> None:
+    """Check everything that can be checked without training, and print the plan.
+
+    Raises:
+        MmfmError: the run would fail on a document or a manifest.
+    """
+    federation, files = load_federation(federation_file), load_sites(sites_file)
+    check_documents(federation, files)
+    with console.status("Reading manifests and building the model"):
+        model = full_model(federation.model, federation.seed)
+        state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+        check_patterns(federation, state)
+        sites = [
+            describe(name, read_manifest(site, federation.model), federation.model) for name, site in files.items()
+        ]
+        check_sites(federation, sites)
+        seconds = seconds_per_study(model, federation)
+    console.print(f"[bold]{federation.name}[/]  document sha256 {sha256(federation)}", highlight=False, soft_wrap=True)
+    console.print(_sites_table(federation, sites))
+    console.print(_blocks_table(blocks_of(federation, state)))
+    console.print(_traffic_table(state, federation, sites))
+    console.print(_stages_table(federation))
+    _print_minutes(federation, sites, seconds, console)
+
+
+def seconds_per_study(model: MultimodalModel, federation: Federation, studies: int = 16) -> float:
+    """Seconds that one study costs in a training step on this machine, with every modality present."""
+    batch = _random_batch(federation, studies)
+    heads = list(model.heads)
+    best = float("inf")
+    for _ in range(3):  # the first step also allocates
+        started = time.perf_counter()
+        torch.stack([output.sum() for output in model(batch, heads).values()]).sum().backward()
+        best = min(best, time.perf_counter() - started)
+    return best / studies
+
+
+def _random_batch(federation: Federation, studies: int) -> Batch:
+    inputs = {}
+    for name, modality in federation.model.modalities.items():
+        if isinstance(modality, ImageModality):
+            inputs[name] = torch.randn(studies, modality.channels, *modality.size)
+        elif isinstance(modality, TextModality):
+            inputs[name] = torch.randint(1, VOCABULARY, (studies, modality.max_length))
+        else:
+            inputs[name] = torch.zeros(studies, len(modality.features))
+    return Batch(inputs, {name: torch.ones(studies, dtype=torch.bool) for name in inputs}, {})
+
+
+def _sites_table(federation: Federation, sites: list[SiteDescription]) -> Table:
+    table = Table(title="Sites: studies that have each modality, and training labels")
+    for title in ("site", "patients", "train/val/test", *federation.model.modalities, *federation.model.heads):
+        table.add_column(title, justify="left" if title == "site" else "right")
+    for site in sites:
+        total = sum(site.studies.values())
+        shares = [f"{sum(site.modalities.get(m, {}).values()) / total:.0%}" for m in federation.model.modalities]
+        labels = [
+            " ".join(f"{count} {name}" for name, count in site.targets[head]["train"].items())
+            if head in site.targets
+            else "–"
+            for head in federation.model.heads
+        ]
+        splits = "/".join(str(count) for count in site.studies.values())
+        table.add_row(site.site, str(sum(site.patients.values())), splits, *shares, *labels)
+    return table
+
+
+def _blocks_table(blocks: list[Block]) -> Table:
+    table = Table(title="Parameters: shared leaves the site, local stays and is trained, frozen stays as it is")
+    for title in ("block", "fate", "parameters", "MB"):
+        table.add_column(title, justify="left" if title in ("block", "fate") else "right")
+    for block in blocks:
+        table.add_row(block.block, block.fate, f"{block.parameters:,}", f"{block.bytes / MB:.3f}")
+    table.add_section()
+    for fate in ("shared", "local", "frozen"):
+        inside = [block for block in blocks if block.fate == fate]
+        if inside:
+            table.add_row(
+                "total", fate, f"{sum(b.parameters for b in inside):,}", f"{sum(b.bytes for b in inside) / MB:.3f}"
+            )
+    return table
+
+
+def _traffic_table(state: Tensors, federation: Federation, sites: list[SiteDescription]) -> Table:
+    """Bytes per site: every federated round sends down what it holds, and up what the stage trains of that."""
+    fates = fates_of(federation, state)
+    strategy = Strategy(federation, {name: state[name] for name, fate in fates.items() if fate == "shared"})
+    rounds = rounds_of(federation)
+    table = Table(title="Traffic per site, MB")
+    for title in ("site", "down per round", "up per round", "down in all", "up in all"):
+        table.add_column(title, justify="left" if title == "site" else "right")
+    for site in sites:
+        names = strategy.tensors_for(site)
+        down = sum(state[name].nbytes for name in names)
+        ups = [
+            sum(state[name].nbytes for name in names if r.stage and matches(name, r.stage.train))
+            for r in rounds
+            if r.returns_tensors and strategy.takes_part(site, r)
+        ]
+        taken = [r for r in rounds if strategy.takes_part(site, r)]
+        cells = (down, max(ups, default=0), down * len(taken), sum(ups))
+        table.add_row(site.site, *(f"{value / MB:.3f}" for value in cells))
+    return table
+
+
+def _stages_table(federation: Federation) -> Table:
+    table = Table(title="Stages")
+    for title in ("stage", "where", "rounds", "steps a round", "tasks", "trains"):
+        table.add_column(title)
+    for stage in federation.stages:
+        where = "all sites together" if stage.federated else "each site for itself"
+        table.add_row(
+            stage.name,
+            where,
+            str(stage.rounds),
+            f"{stage.local_steps} of {stage.batch_size} studies",
+            ", ".join(stage.tasks),
+            ", ".join(stage.train),
+        )
+    return table
+
+
+def _print_minutes(federation: Federation, sites: list[SiteDescription], seconds: float, console: Console) -> None:
+    steps = sum(stage.rounds * stage.local_steps * stage.batch_size for stage in federation.stages)
+    # A forward pass costs about a third of a training step.
+    evaluated = [sum(site.studies[split] for r in rounds_of(federation) for split in r.evaluates) / 3 for site in sites]
+    per_site = [(steps + evaluations) * seconds / 60 for evaluations in evaluated]
+    federated = [stage for stage in federation.stages if stage.federated]
+    bounds = 2 * len(sites) * sum(s.rounds * s.local_steps * s.batch_size for s in federated) * seconds / 60
+    lines = (
+        f"{len(rounds_of(federation))} rounds. Estimated on this machine: {sum(per_site):.1f} minutes to simulate them",
+        f"in turn, and {bounds:.1f} beside them for the local-only and pooled baselines;",
+        f"{max(per_site):.1f} minutes of computing at the busiest site of a real federation.",
+    )
+    console.print(" ".join(lines), highlight=False)
