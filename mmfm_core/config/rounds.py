@@ -35,8 +35,8 @@ def rounds_of(federation: Federation) -> list[Round]:
     """All rounds in order.
 
     The first round after the last upload measures the final shared state on the test split too; a document that ends
-    with a federated stage gets one more round for that. Stages that adapt further start from each site's own adapted state,
-    which is not measured again as 'shared'.
+    with a federated stage gets one more round for that. Stages that adapt further start from each site's own adapted
+    state, which is not measured again as 'shared'.
     """
     stages: list[Stage | None] = [stage for stage in federation.stages for _ in range(stage.rounds)]
     if federation.stages[-1].federated:

@@ -1,0 +1,36 @@
+# Every target sets up what it needs, once; a change of pyproject.toml or constraints.txt sets it up anew.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export MMFM_DATA ?= ../shared/data
+SOURCES := pyproject.toml constraints.txt
+
+.PHONY: demo test lint bench clean
+demo: $(VENV)/.base                  ## four generated hospitals, from nothing to a report
+	$(BIN)/mmfm demo-data runs/demo-data
+	$(BIN)/mmfm simulate deploy/federations/demo.yaml --run runs/demo $(if $(wildcard runs/demo/run.json),--replace)
+
+test: $(VENV)/.dev                   ## every test, on every core
+	$(BIN)/pytest -n auto
+
+lint: $(VENV)/.dev                   ## format, rules, types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev                  ## the published comparison on real data: minutes
+	$(BIN)/python benchmarks/heart.py
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(VENV)/bin/pip $(SOURCES)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/pip $(SOURCES)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/.base
+
+clean:                               ## remove the environment and generated files, never runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
