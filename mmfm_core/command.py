@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from mmfm_core.errors import MmfmError
 
@@ -37,7 +38,12 @@ def main() -> None:
     try:
         build()()
     except MmfmError as error:
-        stderr.print(f"[bold red]error:[/] {error}", markup=True)
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        stderr.print(f"[bold red]error:[/] {escape(str(error.filename))}: {error.strerror}; mend that, then try again")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -1,12 +1,17 @@
 """The coordinator's and the researcher's commands. Heavy imports wait until a command needs them."""
 
 import os
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from mmfm_core.errors import MmfmError
+
+DEMO_DATA = Path("runs/demo-data")
 
 FederationFile = Annotated[Path, typer.Argument(help="The federation's document (YAML).", show_default=False)]
 SitesFile = Annotated[
@@ -62,13 +67,14 @@ def plan(federation: FederationFile, sites: SitesFile = None) -> None:
 
 
 def demo_data(
-    folder: Annotated[Path, typer.Argument(help="Where to write the hospitals.")] = Path("runs/demo-data"),
+    folder: Annotated[Path, typer.Argument(help="Where to write the hospitals.")] = DEMO_DATA,
 ) -> None:
     """Generate four small hospitals that differ the way hospitals do (seconds, no network, always the same)."""
     from mmfm_core.data.demo import generate
 
     generate(folder)
-    Console().print(f"Four hospitals are in {folder}; next: mmfm simulate deploy/federations/demo.yaml")
+    variable = "" if folder == DEMO_DATA else f"MMFM_DEMO={shlex.quote(str(folder.resolve()))} "
+    _say(f"Four hospitals are in {folder}; next: {variable}mmfm simulate deploy/federations/demo.yaml")
 
 
 def report(run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]) -> None:
@@ -76,8 +82,15 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.", show_def
     from server.record import Run
     from server.report import write_report
 
-    Console().print(f"Report: {write_report(Run.open(run).directory)}")
+    _say(f"Report: {write_report(Run.open(run).directory)}")
 
 
 def _sites_file(federation: Path, sites: Path | None) -> Path:
-    return sites or federation.with_name(f"{federation.stem}.sites.yaml")
+    beside = federation.with_name(f"{federation.stem}.sites.yaml")
+    if sites is None and federation.is_file() and not beside.is_file():
+        raise MmfmError(f"{beside}: there is no such file; name the sites' file with --sites")
+    return sites or beside
+
+
+def _say(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)

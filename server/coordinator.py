@@ -1,7 +1,6 @@
 """The coordinator's work: from a run directory and a Flower grid to the last round."""
 
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 
 from flwr.serverapp import Grid
@@ -12,10 +11,12 @@ from mmfm_core.config.rounds import Round, rounds_of
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import full_model
 from mmfm_core.models.parameters import blocks_of, check_patterns, fates_of, held
-from mmfm_core.protocol import Describe, Refusal, RoundReply, RoundRequest, SiteDescription, to_arrays, to_records
+from mmfm_core.protocol import RoundReply, RoundRequest, SiteDescription, to_arrays, to_records
 from mmfm_core.storage import Tensors
-from server.exchange import POLL_SECONDS, Answer, ask
+from server.attendance import Attendance, problem_of
+from server.exchange import Answer, ask
 from server.record import Run
+from server.sites import FEDERATION, check_figures, check_sites
 from server.strategy import Strategy
 
 ATTEMPTS = 3  # a round that came to nothing is asked again before the run gives up
@@ -36,14 +37,13 @@ def coordinate(grid: Grid, run: Run) -> None:
 
 
 class Coordinator:
-    """One run at work. Sites may join between rounds; what each one holds is asked once."""
+    """One run at work."""
 
     def __init__(self, grid: Grid, run: Run) -> None:
         self.grid, self.run = grid, run
         self.federation: Federation = run.federation
         self.document = sha256(self.federation)
-        self.sites: dict[int, SiteDescription] = {}
-        self._refused: set[int] = set()
+        self.attendance = Attendance(grid, run, self.federation)
 
     def work(self) -> None:
         """All rounds that are left."""
@@ -54,53 +54,23 @@ class Coordinator:
         self.run.forget_after(done)
         blocks = [asdict(block) for block in blocks_of(self.federation, initial)]
         self.run.update(status="running", cause=None, rounds=len(rounds), blocks=blocks)
-        self._meet_sites()
-        check_sites(self.federation, self.sites.values())
-        self.run.update(sites={site.site: _facts(site) for site in self.sites.values()})
+        needed = max((self._needed(this) for this in rounds[done:]), default=1)
+        self.attendance.gather(needed, max(needed, self.run.facts.get("expected_sites", 0)))
+        check_sites(self.federation, self.attendance.sites.values())
         strategy = Strategy(self.federation, shared)
         for this in rounds[done:]:
             self._round(strategy, this)
             self.run.save_checkpoint(this.number, strategy.shared)
         self.run.update(status="completed", finished=time.time())
 
-    def _meet_sites(self) -> None:
-        """Wait, a bounded time, for the sites this run expects; go on with at least `min_sites` of them."""
-        policy, expected = self.federation.aggregation, self.run.facts.get("expected_sites", 0)
-        wanted = max(expected, policy.min_sites)
-        end = time.monotonic() + policy.quorum_wait
-        while True:
-            self._describe_new_nodes()
-            if len(self.sites) + len(self._refused) >= wanted:
-                break
-            if time.monotonic() > end:
-                break
-            time.sleep(POLL_SECONDS)
-        if len(self.sites) < policy.min_sites:
-            raise MmfmError(
-                f"{len(self.sites)} sites are ready and aggregation.min_sites is {policy.min_sites}; "
-                "see events.jsonl for who refused and why, then resume"
-            )
-
-    def _describe_new_nodes(self) -> None:
-        new = [node for node in self.grid.get_node_ids() if node not in self.sites and node not in self._refused]
-        question = to_records(Describe(self.document))
-        for answer in ask(self.grid, new, lambda _: question, "query", self.federation.aggregation.deadline):
-            if not isinstance(answer.message, SiteDescription):
-                self._refused.add(answer.node)
-                self._tell_problem(answer, None)
-            elif answer.message.site in {site.site for site in self.sites.values()}:
-                self._refused.add(answer.node)
-                self.run.tell(f"a second node calls itself '{answer.message.site}' and is left out", level="warning")
-            else:
-                self.sites[answer.node] = answer.message
-                for note in answer.message.notes:
-                    self.run.tell(note, site=answer.message.site)
+    def _needed(self, this: Round) -> int:
+        return self.federation.aggregation.min_sites if this.returns_tensors else 1
 
     def _round(self, strategy: Strategy, this: Round) -> None:
-        needed = self.federation.aggregation.min_sites if this.returns_tensors else 1
+        needed = self._needed(this)
         for attempt in range(1, ATTEMPTS + 1):
-            if attempt > 1 or this.number > 1:
-                self._describe_new_nodes()
+            for site in self.attendance.gather(needed, needed):
+                self.run.tell(f"takes part from round {this.number} on", site=site, round=this.number)
             if self._attempt(strategy, this) >= needed:
                 strategy.advance()
                 return
@@ -113,13 +83,13 @@ class Coordinator:
             )
         raise MmfmError(
             f"round {this.number} came to nothing {ATTEMPTS} times: fewer than {needed} sites gave a usable "
-            "reply; see events.jsonl for each site's reason, then resume"
+            f"reply; {self.run.events} has each site's reason; mend that, then resume"
         )
 
     def _attempt(self, strategy: Strategy, this: Round) -> int:
         """Ask once, fold what comes, and return the number of usable replies."""
         started = time.monotonic()
-        asked = {node: site for node, site in self.sites.items() if strategy.takes_part(site, this)}
+        asked = {node: site for node, site in self.attendance.sites.items() if strategy.takes_part(site, this)}
         arrays = to_arrays(strategy.shared)
         names = {node: strategy.tensors_for(site) for node, site in asked.items()}
         request = RoundRequest(self.document, this.number)
@@ -132,17 +102,14 @@ class Coordinator:
             self.federation.aggregation.deadline,
         ):
             site = asked[answer.node]
-            if not isinstance(answer.message, RoundReply):
-                self._tell_problem(answer, this)
-                continue
             try:
-                strategy.fold(answer.message, site, this)
+                reply = self._take(strategy, answer, site, this)
             except MmfmError as error:
-                self.run.tell(f"its reply was left out: {error}", level="warning", site=site.site, round=this.number)
+                self.run.tell(f"is left out: {error}", level="warning", site=site.site, round=this.number)
                 continue
             usable += 1
-            bytes_up += sum(tensor.nbytes for tensor in answer.message.tensors.values())
-            self._record(answer.message, site, this)
+            bytes_up += sum(tensor.nbytes for tensor in reply.tensors.values())
+            self._record(reply, site, this)
         bytes_down = sum(strategy.shared[name].nbytes for sent in names.values() for name in sent)
         for metric, value in {
             "sites": usable,
@@ -150,8 +117,15 @@ class Coordinator:
             "bytes_up": bytes_up,
             "seconds": time.monotonic() - started,
         }.items():
-            self.run.record(round=this.number, stage=this.name, site="federation", metric=metric, value=value)
+            self.run.record(round=this.number, stage=this.name, site=FEDERATION, metric=metric, value=value)
         return usable
+
+    def _take(self, strategy: Strategy, answer: Answer, site: SiteDescription, this: Round) -> RoundReply:
+        if not isinstance(answer.message, RoundReply):
+            raise MmfmError(problem_of(answer))
+        check_figures(answer.message, self.federation)
+        strategy.fold(answer.message, site, this)
+        return answer.message
 
     def _record(self, reply: RoundReply, site: SiteDescription, this: Round) -> None:
         line = {"round": this.number, "stage": this.name, "site": site.site}
@@ -171,14 +145,6 @@ class Coordinator:
                 high=m.high,
             )
 
-    def _tell_problem(self, answer: Answer, this: Round | None) -> None:
-        known = self.sites.get(answer.node)
-        if isinstance(answer.message, Refusal):
-            name, text = answer.message.site or "a node", f"refused: {answer.message.reason}"
-        else:
-            name, text = "a node", answer.problem or "sent an answer of another kind"
-        self.run.tell(text, level="warning", site=known.site if known else name, round=this.number if this else None)
-
 
 def initial_state(federation: Federation) -> Tensors:
     """The full model's state from the document's seed.
@@ -191,26 +157,3 @@ def initial_state(federation: Federation) -> Tensors:
     }
     check_patterns(federation, state)
     return state
-
-
-def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> None:
-    """Check that the sites together can do what the document says.
-
-    Raises:
-        MmfmError: a modality that no site holds, or a trained head that no site has a training label for.
-    """
-    sites = list(sites)
-    for name in federation.model.modalities:
-        if not any(name in site.modalities for site in sites):
-            raise MmfmError(f"model.modalities.{name}: no site holds it; map it in a site's file, or take it out")
-    for index, stage in enumerate(federation.stages):
-        for head in stage.tasks:
-            if not any(sum(site.targets.get(head, {}).get("train", {}).values()) for site in sites):
-                raise MmfmError(
-                    f"stages.{index}.tasks.{head}: no site has a training label for it; map a column under "
-                    "'targets' in a site's file"
-                )
-
-
-def _facts(site: SiteDescription) -> dict[str, object]:
-    return {"studies": site.studies, "patients": site.patients, "modalities": site.modalities, "targets": site.targets}

@@ -1,13 +1,13 @@
 """Live progress of runs, read from their directories: the same for every engine, in a terminal and in a log."""
 
 import json
-import time
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from server.record import Run
 
@@ -16,20 +16,18 @@ class Tail:
     """The lines that were added to a JSON Lines file since the last look."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._position = path, path.stat().st_size if path.is_file() else 0
+        self._path = path
+        self._size, self._seen = 0, list[bytes]()
 
     def lines(self) -> list[dict[str, Any]]:
-        """New whole lines."""
-        if not self._path.is_file():
+        """New whole lines; where the coordinator took lines back, those that came instead."""
+        if not self._path.is_file() or self._path.stat().st_size == self._size:
             return []
-        with self._path.open("rb") as file:
-            size = file.seek(0, 2)
-            self._position = min(self._position, size)  # a resumed run shortens its file
-            file.seek(self._position)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._position += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        data = self._path.read_bytes()
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._seen, lines, strict=False)))
+        self._size, self._seen = len(data), lines
+        return [json.loads(line) for line in lines[kept:]]
 
 
 class RunProgress:
@@ -42,11 +40,12 @@ class RunProgress:
 
     def __init__(self, title: str, run: Run, rounds: int, sites: int) -> None:
         self.title, self.rounds, self.sites = title, rounds, sites
-        self.what, self.done = "starting", 0.0
-        self._metrics, self._events = Tail(run.metrics), Tail(run.events)
+        self.what, self.done = "waiting", 0.0
+        self._run, self._metrics, self._events = run, Tail(run.metrics), Tail(run.events)
         self._round = self._answered = 0
         self._losses: list[float] = []
-        self._since: tuple[float, float] | None = None  # when, and how many rounds were done then
+        self._seconds: list[float] = []
+        list(self.look())  # what a run to be resumed has done already is no news
 
     def look(self) -> Iterator[str]:
         """Read what is new; yields a line for each warning and each round that ended."""
@@ -56,24 +55,27 @@ class RunProgress:
         for line in self._metrics.lines():
             if line["round"] != self._round:
                 self._round, self._answered, self._losses = line["round"], 0, []
-                self._since = self._since or (time.monotonic(), self._round - 1)
             if line["metric"] == "loss":
                 self._losses.append(line["value"])
             ended = line["site"] == "federation" and line["metric"] == "seconds"
-            if line["metric"] == "seconds" and not ended:
+            if ended:
+                self._seconds.append(line["value"])
+            elif line["metric"] == "seconds":
                 self._answered += 1
             loss = f", loss {sum(self._losses) / len(self._losses):.3f}" if self._losses else ""
-            self.what = f"round {self._round}/{self.rounds} {line['stage']}, {self._answered}/{self.sites} sites{loss}"
             self.done = self._round - 1 + (1 if ended else 0.99 * self._answered / self.sites)
+            self.what = f"round {self._round}/{self.rounds} {line['stage']}, {self._answered}/{self.sites} sites{loss}"
+            self.what += self._left()
             if ended:
-                yield f"{self.title}: {self.what}, {line['value']:.1f} s{self._left()}"
+                yield f"{self.title}: {self.what}, {duration(line['value'])} this round"
+        status = self._run.facts.get("status")
+        if status == "starting" or (status == "running" and not self._round):
+            self.what = "starting"
 
     def _left(self) -> str:
-        if self._since is None or self.done >= self.rounds:
+        if not self._seconds or self.done >= self.rounds:
             return ""
-        began, done_then = self._since
-        left = (time.monotonic() - began) / (self.done - done_then) * (self.rounds - self.done)
-        return f", about {left:.0f} s left"
+        return f", {duration(sum(self._seconds) / len(self._seconds) * (self.rounds - self.done))} left"
 
 
 class Display:
@@ -82,12 +84,9 @@ class Display:
     def __init__(self, runs: list[RunProgress], console: Console) -> None:
         self._runs, self._console = runs, console
         self._bars = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[what]:<44}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=10),
+            TextColumn("{task.fields[what]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -107,4 +106,13 @@ class Display:
             for line in run.look():
                 if line.startswith("warning") or not self._console.is_terminal:
                     self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-            self._bars.update(self._tasks[run.title], completed=run.done, what=run.what)
+            total = None if run.what == "starting" else run.rounds  # a bar without a total moves by itself
+            self._bars.update(self._tasks[run.title], total=total, completed=run.done, what=run.what)
+
+
+def duration(seconds: float) -> str:
+    """A length of time as people say it."""
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmfm_core.config import Federation, load_federation, load_sites
+from mmfm_core.config import Federation
 from mmfm_core.config.loading import sha256
 from mmfm_core.config.model import ImageModality, TextModality
 from mmfm_core.config.rounds import rounds_of
@@ -19,8 +19,8 @@ from mmfm_core.models.model import MultimodalModel, full_model
 from mmfm_core.models.parameters import Block, blocks_of, check_patterns, fates_of, matches
 from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
-from server.coordinator import check_sites
-from server.simulation import check_documents
+from server.simulation import load_documents
+from server.sites import check_sites
 from server.strategy import Strategy
 
 MB = 1e6
@@ -32,8 +32,7 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console) -> None
     Raises:
         MmfmError: the run would fail on a document or a manifest.
     """
-    federation, files = load_federation(federation_file), load_sites(sites_file)
-    check_documents(federation, files)
+    federation, files = load_documents(federation_file, sites_file)
     with console.status("Reading manifests and building the model"):
         model = full_model(federation.model, federation.seed)
         state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}

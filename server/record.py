@@ -17,6 +17,8 @@ from mmfm_core.storage import Tensors, read_tensors, whole_folder, write_json, w
 
 KEPT_CHECKPOINTS = 2
 LOCK_SECONDS = 3.0  # a killed command's worker takes a moment to notice
+LOCKS = ROUNDS_LOCK, COMMAND_LOCK = ".lock", ".command.lock"
+TOLD_CHARACTERS = 500
 
 
 class Run:
@@ -34,15 +36,14 @@ class Run:
             MmfmError: the directory is in use.
         """
         run = cls(directory)
-        if (directory / "run.json").is_file():
+        run._check_place()
+        if run.exists:
             if run.checkpoint() is not None:
                 raise MmfmError(
                     f"{directory}: a run is already here; go on with --resume, start over with --replace, "
                     "or name another place with --run"
                 )
             run.delete()
-        elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise MmfmError(f"{directory}: holds something that is not a run; name another place with --run")
         run.update(
             name=federation.name,
             federation=sha256(federation),
@@ -54,15 +55,6 @@ class Run:
         write_text(directory / "federation.yaml", dump(federation))
         return run
 
-    def delete(self) -> None:
-        """Delete the run and all in its directory.
-
-        Raises:
-            MmfmError: another process works on it.
-        """
-        with self.locked():
-            shutil.rmtree(self.directory)
-
     @classmethod
     def open(cls, directory: Path) -> "Run":
         """Open an existing run.
@@ -70,9 +62,30 @@ class Run:
         Raises:
             MmfmError: there is none.
         """
-        if not (directory / "run.json").is_file():
-            raise MmfmError(f"{directory}: there is no run here; leave --resume out to start one")
-        return cls(directory)
+        run = cls(directory)
+        if not run.exists:
+            raise MmfmError(f"{directory}: there is no run here; check the path, or start a run with 'mmfm simulate'")
+        return run
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a run in the directory."""
+        return "federation" in self.facts
+
+    def delete(self) -> None:
+        """Delete the run and all in its directory but its locks, which somebody may be holding.
+
+        Raises:
+            MmfmError: another process works on it, or a file cannot be deleted.
+        """
+        with self.locked():
+            # The directory counts as a run to the end, should this be interrupted.
+            for path in sorted(self.directory.iterdir(), key=lambda path: path.name == "run.json"):
+                if path.name not in LOCKS:
+                    try:
+                        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                    except OSError as error:
+                        raise MmfmError(f"{path}: cannot be deleted ({error.strerror}); delete it yourself") from error
 
     @property
     def federation(self) -> Federation:
@@ -84,10 +97,10 @@ class Run:
         """What `run.json` says."""
         try:
             facts: dict[str, Any] = json.loads((self.directory / "run.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as error:
-            raise MmfmError(f"{self.directory / 'run.json'}: is damaged; start over with --replace") from error
+            raise MmfmError(f"{self.directory / 'run.json'}: cannot be read; restore it, or delete the run") from error
         return facts
 
     def update(self, **facts: Any) -> None:
@@ -100,7 +113,11 @@ class Run:
 
     def tell(self, text: str, *, level: str = "info", **context: Any) -> None:
         """Append one event, a sentence for people, to `events.jsonl`."""
-        _append(self.events, {"time": time.time(), "level": level, "text": text, **context})
+        # A site's own words may end up in a terminal, which obeys control characters.
+        event = {"time": time.time(), "level": level, "text": text, **context}
+        _append(
+            self.events, {key: _printable(value) if isinstance(value, str) else value for key, value in event.items()}
+        )
 
     def save_checkpoint(self, round_number: int, shared: Tensors) -> None:
         """Keep the shared state after a round, whole or not at all, and drop all but the latest."""
@@ -119,18 +136,29 @@ class Run:
         return int(found[-1].name.removeprefix("round-")), read_tensors(found[-1] / "shared.safetensors")
 
     def forget_after(self, round_number: int) -> None:
-        """Drop the figures of rounds after `round_number`, which a resumed run will produce again."""
-        lines = list(read_lines(self.metrics))
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines if line["round"] <= round_number))
+        """Drop the figures of rounds after `round_number`, which will come again, and lines that a crash cut off."""
+        kept = [line for line in read_lines(self.metrics) if line["round"] <= round_number]
+        for path, lines in ((self.metrics, kept), (self.events, list(read_lines(self.events)))):
+            if path.is_file():
+                write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run for this process.
+    def locked(self, lock: str = ROUNDS_LOCK) -> Iterator[None]:
+        """Hold the run for this process: its rounds, or all of it for a command with workers.
 
         Raises:
-            MmfmError: another process works on it.
+            MmfmError: another process works on it, or the directory is something else or cannot be written.
         """
-        with (self.directory / ".lock").open("w") as file:
+        self._check_place()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            held = (self.directory / lock).open("w")
+        except OSError as error:
+            raise MmfmError(
+                f"{self.directory}: cannot be written ({error.strerror}); mend the permissions, or name another place "
+                "with --run"
+            ) from error
+        with held as file:
             end = time.monotonic() + LOCK_SECONDS
             while True:
                 try:
@@ -144,6 +172,13 @@ class Run:
                     time.sleep(0.1)
             yield
 
+    def _check_place(self) -> None:
+        # Hidden files are locks, or what a killed process left of a run it was about to create.
+        if self.exists or not self.directory.exists():
+            return
+        if not self.directory.is_dir() or any(not path.name.startswith(".") for path in self.directory.iterdir()):
+            raise MmfmError(f"{self.directory}: holds something that is not a run; name another place with --run")
+
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a JSON Lines file; a line cut off by a crash is not there."""
@@ -152,6 +187,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             for line in file:
                 if line.endswith("\n"):
                     yield json.loads(line)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text[:TOLD_CHARACTERS])
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """`mmfm simulate`: a whole federation on one machine, each site in a directory as it would have at its hospital."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -8,21 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from mmfm_core.config import Federation, Site, load_federation, load_sites
 from mmfm_core.config.loading import dump, sha256
-from mmfm_core.config.rounds import rounds_of
 from mmfm_core.config.strict import did_you_mean
 from mmfm_core.errors import MmfmError
 from mmfm_core.storage import write_text
 from server import baselines
-from server.display import Display, RunProgress
-from server.record import Run
-from server.workers import Job, start, stop
+from server.record import COMMAND_LOCK, Run
+from server.sites import FEDERATION
+from server.workers import Job, work
 
 VERSIONS = ("mmfm", "flwr", "torch", "timm", "transformers")
-REFRESH_SECONDS = 0.2
-UNFINISHED = ("prepared", "running")
+PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True}
 
 
 @dataclass(frozen=True)
@@ -45,20 +43,30 @@ def simulate(request: Request, console: Console) -> None:
     Raises:
         MmfmError: a document is wrong, the run directory is in use, or a run failed.
     """
-    federation = load_federation(request.federation)
+    if request.resume and request.replace:
+        raise MmfmError("--resume goes on with a run and --replace deletes it; give one of them")
+    federation, sites = load_documents(request.federation, request.sites)
     if request.seed is not None:
         federation = federation.model_copy(update={"seed": request.seed})
-    sites = load_sites(request.sites)
-    check_documents(federation, sites)
     directory = request.run or Path("runs") / federation.name
-    if request.resume:
-        _check_same_document(Run.open(directory), federation)
-    elif request.replace:
-        Run.open(directory).delete()
-    chains = _chains(directory, federation, sites, request)
-    console.print(f"Simulating [bold]{federation.name}[/]: {len(sites)} sites, in {directory}", highlight=False)
-    _work(chains, console)
-    finish(directory, console)
+    run = Run(directory)
+    if request.resume and not run.exists:
+        raise MmfmError(f"{directory}: there is no run to go on with; leave --resume out, or name its place with --run")
+    with run.locked(COMMAND_LOCK):
+        if request.resume:
+            _check_same(run, federation, sites)
+        elif request.replace and run.exists:
+            run.delete()
+        chains = _chains(directory, federation, sites, request)
+        console.print(
+            f"Simulating [bold]{federation.name}[/]: {len(sites)} sites, in {escape(str(directory))}", **PLAIN
+        )
+        try:
+            work(chains, console)
+            finish(directory, console)
+        except KeyboardInterrupt:
+            console.print("Interrupted; nothing is lost. Go on with the same command and --resume.", **PLAIN)
+            raise
 
 
 def finish(directory: Path, console: Console) -> None:
@@ -71,26 +79,36 @@ def finish(directory: Path, console: Console) -> None:
         comparison = compare(directory)
         page = write_report(directory)
     print_comparison(comparison, console)
-    console.print(f"Report: [bold]{page}[/]", highlight=False, soft_wrap=True)
+    console.print(f"Report: [bold]{escape(str(page))}[/]", **PLAIN)
 
 
-def check_documents(federation: Federation, sites: Mapping[str, Site]) -> None:
-    """Check what the documents alone can tell, before any file of data is opened.
+def load_documents(federation_file: Path, sites_file: Path) -> tuple[Federation, dict[str, Site]]:
+    """Read both documents and check what they alone can tell, before any file of data is opened.
 
     Raises:
-        MmfmError: fewer sites than the federation needs, or a site's file maps something that it does not know.
+        MmfmError: a document is wrong, the federation needs more sites, or a site maps something that it does not know.
     """
+    federation, sites = load_federation(federation_file), load_sites(sites_file)
     needed = federation.aggregation.min_sites
     if len(sites) < needed and any(stage.federated for stage in federation.stages):
-        raise MmfmError(f"aggregation.min_sites is {needed}, and there are {len(sites)} sites; add sites or lower it")
+        raise MmfmError(
+            f"{federation_file}: aggregation.min_sites is {needed}, and {sites_file} has {len(sites)} sites; "
+            "add sites or lower it"
+        )
     for name, site in sites.items():
+        if name == FEDERATION:
+            raise MmfmError(f"{sites_file}: sites.{name}: this name stands for all sites together; give it another")
         for kind, mapped, known in (
             ("modalities", site.modalities, federation.model.modalities),
             ("targets", site.targets, federation.model.heads),
         ):
             stray = next((key for key in mapped if key not in known), None)
             if stray is not None:
-                raise MmfmError(f"site '{name}': {kind}.{stray}: {did_you_mean(stray, known)}")
+                raise MmfmError(
+                    f"{sites_file}: sites.{name}.{kind}.{stray}: the federation has none of this name; "
+                    f"{did_you_mean(stray, known)}"
+                )
+    return federation, sites
 
 
 def prepare(directory: Path, federation: Federation, sites: Mapping[str, Site], **facts: Any) -> Run:
@@ -111,19 +129,27 @@ def prepare(directory: Path, federation: Federation, sites: Mapping[str, Site], 
     return run
 
 
-def _check_same_document(run: Run, federation: Federation) -> None:
+def _check_same(run: Run, federation: Federation, sites: Mapping[str, Site]) -> None:
+    remedy = "start over with --replace, or name another place with --run"
     if run.facts["federation"] != sha256(federation):
         raise MmfmError(
-            f"{run.directory}: this run began with another document or seed, and cannot go on with this one; "
-            "start over with --replace, or name another place with --run"
+            f"{run.directory}: this run began with another document or seed, and cannot go on with this one; {remedy}"
         )
+    if run.facts["status"] == "preparing":
+        return
+    began_with = {path.parent.name: path.read_text() for path in run.directory.glob("sites/*/site.yaml")}
+    for name in sorted({*began_with, *sites}):
+        if name not in sites or began_with.get(name) != dump(sites[name]):
+            raise MmfmError(
+                f"{run.directory}: site '{name}' is not what it was when this run began; undo the change, {remedy}"
+            )
 
 
 def _chains(directory: Path, federation: Federation, sites: Mapping[str, Site], request: Request) -> list[list[Job]]:
     """Prepare (or find) the runs that are left to do; each chain of them gets a worker of its own."""
     engine = f"server.engines.{request.engine.replace('-', '_')}:simulate"
     chains = [[(Job("federation", engine, directory), federation, len(sites))]]
-    if request.baselines:
+    if request.baselines and any(stage.federated for stage in federation.stages):
         alone, together = directory / "baselines" / "local-only", directory / "baselines" / "pooled"
         one_by_one = Job("local only", "server.engines.in_process:simulate", alone)
         all_in_one = Job("pooled", "server.engines.pooled:simulate", together)
@@ -138,35 +164,7 @@ def _chains(directory: Path, federation: Federation, sites: Mapping[str, Site], 
         for job, document, expected in chain:
             if not request.resume or Run(job.directory).facts.get("status") in (None, "preparing"):
                 prepare(job.directory, document, sites, engine=request.engine, expected_sites=expected)
+            elif Run(job.directory).facts["status"] != "completed":
+                Run(job.directory).update(status="prepared", cause=None)
         left.append([job for job, _, _ in chain if Run(job.directory).facts["status"] != "completed"])
     return [chain for chain in left if chain]
-
-
-def _work(chains: list[list[Job]], console: Console) -> None:
-    """Do all jobs, showing their progress; on Ctrl-C stop them so that they can be resumed."""
-    runs = {job.title: Run(job.directory) for chain in chains for job in chain}
-    shown = [
-        RunProgress(title, run, len(rounds_of(run.federation)), run.facts["expected_sites"])
-        for title, run in runs.items()
-    ]
-    processes = [start(chain) for chain in chains]
-    try:
-        with Display(shown, console) as display:
-            while any(process.is_alive() for process in processes) and not any(p.exitcode for p in processes):
-                display.refresh()
-                time.sleep(REFRESH_SECONDS)
-    except KeyboardInterrupt:
-        stop(processes)
-        for run in runs.values():
-            if run.facts["status"] in UNFINISHED:
-                run.update(status="interrupted", cause="stopped by Ctrl-C", finished=time.time())
-        console.print("\nInterrupted; nothing is lost. Go on with the same command and --resume.")
-        raise
-    stop(processes)
-    for title, run in runs.items():
-        facts = run.facts
-        if facts["status"] == "failed":
-            raise MmfmError(facts["cause"])
-        if facts["status"] != "completed" and any(process.exitcode for process in processes):
-            run.update(status="failed", cause="its process was killed", finished=time.time())
-            raise MmfmError(f"{run.directory}: the process of '{title}' was killed; go on with --resume")

@@ -1,46 +1,66 @@
 """The comparison as a table in the terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-TITLES = {"local-only": "local only", "fedavg": "FedAvg", "adapted": "FedAvg + adapted head", "pooled": "pooled data"}
+from mmfm_core.tasks.ranking import MIN_OF_CLASS
+from server.report.wording import LABELS
+
+ONE_LINE_COLUMNS = 110
+AGAINST = {"adapted - fedavg": "FedAvg", "adapted - local-only": "training alone"}
 
 
 def print_comparison(comparison: dict[str, Any], console: Console) -> None:
-    """Print each task's methods per site: value and 95 % interval; * marks a gain over FedAvg beyond the interval."""
+    """Print each task's methods per site, value and 95 % interval, and what the paired differences say."""
+    layout = "{:.3f} ({:.2f}–{:.2f})" if console.width >= ONE_LINE_COLUMNS else "{:.3f}\n{:.2f}–{:.2f}"
     for task in comparison["tasks"]:
-        table = Table(title=f"{task['task']}: {task['metric'].upper()} on each site's test patients [95 % interval]")
+        name = task["metric"].upper()
+        table = Table(title=f"{task['task']}: {name} on each site's test patients, 95 % interval", title_justify="left")
         table.add_column("site", no_wrap=True)
         table.add_column("patients", justify="right")
         for method in comparison["methods"]:
-            table.add_column(TITLES[method], justify="right", no_wrap=method != "adapted")
+            table.add_column(LABELS[method], justify="right")
         for site in task["sites"]:
-            cells = [_cell(site["results"].get(method)) for method in comparison["methods"]]
+            cells = [_cell(site["results"].get(method), layout) for method in comparison["methods"]]
             table.add_row(site["site"], str(site["patients"]), *cells)
         table.add_section()
         for title, key in (("mean of sites", "mean_of_sites"), ("worst site", "worst_site")):
             values = [task[key].get(method) for method in comparison["methods"]]
             table.add_row(title, "", *["–" if value is None else f"{value:.3f}" for value in values])
         console.print(table)
-        for name, against in (("adapted - fedavg", "FedAvg"), ("adapted - local-only", "local only")):
-            console.print(_differences(task["sites"], name, against), highlight=False)
+        for line in (*_undefined(task["sites"], name), *_differences(task["sites"])):
+            console.print(line, highlight=False, markup=False)
 
 
-def _cell(result: dict[str, float | None] | None) -> str:
+def _cell(result: dict[str, float | None] | None, layout: str) -> str:
     if not result or result["value"] is None:
-        return "undefined"
-    return f"{result['value']:.3f} [{result['low']:.2f}, {result['high']:.2f}]"
+        return "–"
+    return layout.format(result["value"], result["low"], result["high"])
 
 
-def _differences(sites: list[dict[str, Any]], name: str, against: str) -> str:
-    found = {s["site"]: d for s in sites if (d := s["differences"].get(name)) and d["value"] is not None}
-    better = [site for site, d in found.items() if d["low"] > 0]
-    worse = [site for site, d in found.items() if d["high"] < 0]
-    parts = [f"ahead of {against} beyond its interval at {len(better)} of {len(found)} sites"]
-    if better:
-        parts[0] += f" ({', '.join(better)})"
-    if worse:
-        parts.append(f"behind it at {', '.join(worse)}")
-    return "The adapted head is " + "; ".join(parts) + "."
+def _undefined(sites: Sequence[dict[str, Any]], name: str) -> list[str]:
+    lines = []
+    for site in sites:
+        if any(result["value"] is None for result in site["results"].values()):
+            counts = ", ".join(f"{count} {label}" for label, count in site["classes"].items())
+            lines.append(
+                f"At {site['site']} the {name} is undefined ({counts}): it takes {MIN_OF_CLASS} of each class."
+            )
+    return lines
+
+
+def _differences(sites: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for name, against in AGAINST.items():
+        found = {s["site"]: d for s in sites if (d := s["differences"].get(name)) and d["value"] is not None}
+        better = [site for site, d in found.items() if d["low"] > 0]
+        worse = [site for site, d in found.items() if d["high"] < 0]
+        told = [f"{how} at {', '.join(where)}" for how, where in (("better", better), ("worse", worse)) if where]
+        if len(better + worse) < len(found):
+            told.append("not distinguishable at " + ("the others" if told else "any site"))
+        if found:
+            lines.append(f"The adapted head against {against}, by paired 95 % intervals: {'; '.join(told)}.")
+    return lines

@@ -1,5 +1,6 @@
 """The bound: all sites' data in one place, which only a simulation can have."""
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,13 @@ def simulate(run_directory: Path) -> None:
     folders = site_directories(run_directory / "sites")
     gates.approve(run_directory / "pooled" / "approved", run.federation)
     simulate_with(run_directory, [Agent(run_directory / "pooled", "pooled", partial(_read_all, folders))])
+    run.update(status="measuring")  # or a run that is killed now would never be measured
     checkpoint = run.checkpoint()
     assert checkpoint is not None
     strategy = Strategy(run.federation, checkpoint[1])
     for folder in folders:
         _measure(Agent.open(folder), run, strategy)
+    run.update(status="completed", finished=time.time())
 
 
 def _measure(agent: Agent, run: Run, strategy: Strategy) -> None:

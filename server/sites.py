@@ -1,0 +1,66 @@
+"""What sites say they hold: checked one by one when they say it, and together before anything trains."""
+
+import math
+import re
+from collections.abc import Iterable
+
+from mmfm_core.config import Federation
+from mmfm_core.config.site import SPLITS
+from mmfm_core.errors import MmfmError
+from mmfm_core.protocol import RoundReply, SiteDescription
+
+FEDERATION = "federation"
+"""Stands where a site's name does, for figures of all sites together."""
+
+
+def check_description(site: SiteDescription, federation: Federation) -> None:
+    """Check one site's description alone, so that the rest of the coordinator may rely on it.
+
+    Raises:
+        MmfmError: its name is none, it names what the document does not, or its counts are not whole.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", site.site) or site.site == FEDERATION:
+        raise MmfmError("its site has no usable name; give 'name' in the site's file letters, digits, '_' and '-'")
+    model = federation.model
+    if not (site.modalities.keys() <= model.modalities.keys() and site.targets.keys() <= model.heads.keys()):
+        raise MmfmError("it describes modalities or targets that the document does not have")
+    by_split = [site.studies, site.patients, *site.modalities.values()]
+    whole = all(counts.keys() == set(SPLITS) and min(counts.values()) >= 0 for counts in by_split)
+    for head, splits in site.targets.items():
+        classes = set(model.heads[head].classes)
+        whole &= splits.keys() == set(SPLITS)
+        whole &= all(counts.keys() == classes and min(counts.values()) >= 0 for counts in splits.values())
+    if not whole:
+        raise MmfmError("its description does not count the studies of every split and class")
+
+
+def check_figures(reply: RoundReply, federation: Federation) -> None:
+    """Check a reply's figures, which records and reports will show.
+
+    Raises:
+        MmfmError: they are of a head that the document does not have, or not finite.
+    """
+    if not {figure.task for figure in reply.metrics} <= federation.model.heads.keys():
+        raise MmfmError("it measured a head that the document does not have")
+    values = [reply.seconds, reply.loss, *(v for f in reply.metrics for v in (f.value, f.low, f.high))]
+    if not all(value is None or math.isfinite(value) for value in values):
+        raise MmfmError("its figures hold values that are not finite")
+
+
+def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> None:
+    """Check that the sites together can do what the document says.
+
+    Raises:
+        MmfmError: a modality that no site holds, or a trained head that no site has a training label for.
+    """
+    sites = list(sites)
+    for name in federation.model.modalities:
+        if not any(name in site.modalities for site in sites):
+            raise MmfmError(f"model.modalities.{name}: no site holds it; map it in a site's file, or take it out")
+    for index, stage in enumerate(federation.stages):
+        for head in stage.tasks:
+            if not any(sum(site.targets.get(head, {}).get("train", {}).values()) for site in sites):
+                raise MmfmError(
+                    f"stages.{index}.tasks.{head}: no site has a training label for it; map a column under "
+                    "'targets' in a site's file"
+                )
