@@ -1,36 +1,19 @@
 """From YAML files to documents, with errors that name the file, the field and the remedy."""
 
 import hashlib
-import os
-import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmfm_core.config.federation import Federation
+from mmfm_core.config.sentences import sentences
 from mmfm_core.config.site import Site
 from mmfm_core.config.strict import did_you_mean
+from mmfm_core.config.text import read_yaml, to_yaml
 from mmfm_core.errors import MmfmError
 
 Document = TypeVar("Document", bound=BaseModel)
-
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key written twice is an error (PyYAML silently keeps the last one)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                message = f"'{key}' is written twice (first in line {seen[key]}); keep one"
-                raise yaml.MarkedYAMLError(problem=message, problem_mark=key_node.start_mark)
-            seen[key] = key_node.start_mark.line + 1
-        return super().construct_mapping(node, deep)
 
 
 def load_federation(path: Path) -> Federation:
@@ -72,47 +55,12 @@ def load_sites(path: Path) -> dict[str, Site]:
 
 def dump(document: BaseModel) -> str:
     """The document as YAML with every default written out; the text whose hash a site approves."""
-    return yaml.safe_dump(document.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return to_yaml(document.model_dump(mode="json"))
 
 
 def sha256(document: BaseModel) -> str:
     """The hash of `dump(document)`: what a site approves and what every message carries."""
     return hashlib.sha256(dump(document).encode()).hexdigest()
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; `${NAME:-default}` in it stands for an environment variable.
-
-    Raises:
-        MmfmError: the file is missing, unreadable, not YAML, or not a mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8 text"
-        raise MmfmError(f"{path}: cannot be read ({reason})") from error
-    try:
-        data = yaml.load(_VARIABLE.sub(lambda match: _variable(path, match), text), Loader=_Loader)  # noqa: S506 (safe)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = error.problem or error.context or "is not YAML"
-        if "\\t" in problem:
-            problem = "there is a tab; YAML indents with spaces"
-        raise MmfmError(f"{path}{place}: {problem}") from error
-    except yaml.YAMLError as error:
-        raise MmfmError(f"{path}: is not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(data, dict):
-        raise MmfmError(f"{path}: must be a mapping of keys, like 'name: my-federation'")
-    return data
-
-
-def _variable(path: Path, match: re.Match[str]) -> str:
-    name, default = match.groups()
-    value = os.environ.get(name, default)
-    if value is None:
-        raise MmfmError(f"{path}: the environment variable {name} is not set, and ${{{name}}} gives no default")
-    return value
 
 
 def _merge(base: dict[str, Any], amendment: dict[str, Any]) -> dict[str, Any]:
@@ -133,21 +81,4 @@ def _validate(
     try:
         return model.model_validate(data, context=context)
     except ValidationError as error:
-        raise MmfmError("\n".join(f"{path}: {line}" for line in _sentences(error, where))) from error
-
-
-def _sentences(error: ValidationError, where: str) -> list[str]:
-    sentences = []
-    for problem in error.errors():
-        context = problem.get("ctx", {})
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "union_tag_invalid":
-            known = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
-            message = f"unknown {context['discriminator']} '{context['tag']}'; {did_you_mean(context['tag'], known)}"
-        elif problem["type"] == "missing":
-            message = "is missing"
-        elif problem["type"] in ("string_pattern_mismatch",):
-            message = "must start with a letter and hold only letters, digits, '_' and '-'"
-        field = ".".join([where] * bool(where) + [str(part) for part in problem["loc"]])
-        sentences.append(f"{field}: {message[0].lower() + message[1:]}" if field else message)
-    return list(dict.fromkeys(sentences))
+        raise MmfmError("\n".join(f"{path}: {line}" for line in sentences(error, data, where))) from error

@@ -5,9 +5,9 @@ The document that a server sends to a hospital must not be able to name code: ev
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
-from mmfm_core.config.strict import Name, Strict, did_you_mean
+from mmfm_core.config.strict import Choices, Name, Strict, did_you_mean
 
 
 class Normalization(Strict):
@@ -17,6 +17,13 @@ class Normalization(Strict):
     std: float = Field(gt=0)
 
 
+# In a union that is told apart by hand only the errors of the kind that was meant are reported.
+Normalize = Annotated[
+    Annotated[Literal["site"], Tag("site")] | Annotated[Normalization, Tag("declared")],
+    Discriminator(lambda value: "site" if isinstance(value, str) else "declared"),
+]
+
+
 class ImageModality(Strict):
     """A 2D image, read as float in [0, 1], resized to `size` (height, width), then normalised."""
 
@@ -24,7 +31,7 @@ class ImageModality(Strict):
     channels: Literal[1, 3] = 1
     size: tuple[PositiveInt, PositiveInt]
     optional: bool = False
-    normalize: Normalization | Literal["site"] = "site"
+    normalize: Normalize = "site"
 
 
 class TextModality(Strict):
@@ -38,16 +45,25 @@ class TextModality(Strict):
 class NumericFeature(Strict):
     """A number. Without a declared `mean` and `std`, each site uses those of its own training studies."""
 
-    normalize: Normalization | Literal["site"] = "site"
+    normalize: Normalize = "site"
 
 
 class CategoricalFeature(Strict):
     """One of a few named categories."""
 
-    categories: tuple[str, ...] = Field(min_length=2)
+    categories: Choices
 
 
-Feature = NumericFeature | CategoricalFeature
+def _kind_of_feature(value: Any) -> str:
+    if isinstance(value, dict):
+        return "numeric" if not value or "normalize" in value else "categorical"
+    return "numeric" if isinstance(value, NumericFeature) else "categorical"
+
+
+Feature = Annotated[
+    Annotated[NumericFeature, Tag("numeric")] | Annotated[CategoricalFeature, Tag("categorical")],
+    Discriminator(_kind_of_feature),
+]
 
 
 class TableModality(Strict):
@@ -60,9 +76,9 @@ class TableModality(Strict):
     @field_validator("features", mode="before")
     @classmethod
     def _list_is_short(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            return {name: {} for name in value}
-        return {name: spec or {} for name, spec in value.items()} if isinstance(value, dict) else value
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            value = dict.fromkeys(value)
+        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
 
 
 Modality = Annotated[ImageModality | TextModality | TableModality, Field(discriminator="kind")]
@@ -126,14 +142,7 @@ class ClassificationHead(Strict):
     """One class out of several. The site maps one of its columns to the head's name under `targets`."""
 
     type: Literal["classification"]
-    classes: tuple[str, ...] = Field(min_length=2)
-
-    @field_validator("classes")
-    @classmethod
-    def _distinct(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(classes)) < len(classes):
-            raise ValueError("names a class twice")
-        return classes
+    classes: Choices
 
 
 Head = Annotated[ClassificationHead, Field(discriminator="type")]

@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from mmfm_core.config.strict import Cell, Name, Strict
-
-MISSING_CELLS = ("", "NA", "N/A", "n/a", "NaN", "nan", "None", "null", "NULL", "?")
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -67,8 +65,27 @@ class SplitFractions(Strict):
         return self
 
 
-def _is_table(value: Any) -> Any:
-    return value if isinstance(value, dict) and "features" in value else _short(value)
+def _kind_of_split(value: Any) -> str:
+    if isinstance(value, dict):
+        return "SplitFractions" if any(isinstance(v, int | float) for v in value.values()) else "SplitColumn"
+    return "SplitFractions" if isinstance(value, SplitFractions) else "SplitColumn"
+
+
+def _kind_of_mapping(value: Any) -> str:
+    return "Table" if isinstance(value, Table) or (isinstance(value, dict) and "features" in value) else "Column"
+
+
+# In a union that is told apart by hand only the errors of the kind that was meant are reported.
+Splitting = Annotated[
+    Annotated[SplitColumn, Tag("SplitColumn")] | Annotated[SplitFractions, Tag("SplitFractions")],
+    Discriminator(_kind_of_split),
+    BeforeValidator(_short),
+]
+Mapping = Annotated[
+    Annotated[Column, Tag("Column")] | Annotated[Table, Tag("Table")],
+    Discriminator(_kind_of_mapping),
+    BeforeValidator(_short),
+]
 
 
 class Site(Strict):
@@ -79,19 +96,17 @@ class Site(Strict):
     study: str | None = None
     patient: str = "patient_id"
     site: str | None = None
-    split: SplitColumn | SplitFractions = SplitColumn()
-    modalities: dict[Name, Annotated[Table | Column, BeforeValidator(_is_table)]] = Field(min_length=1)
+    split: Splitting = SplitColumn()
+    modalities: dict[Name, Mapping] = Field(min_length=1)
     targets: dict[Name, ColumnOrName] = {}
-    missing: tuple[Cell, ...] = ()  # in addition to MISSING_CELLS
+    missing: tuple[Cell, ...] = ()  # in addition to `mmfm_core.config.strict.MISSING_CELLS`
     missing_files: Literal["error", "absent"] = "error"
 
     @field_validator("manifest")
     @classmethod
     def _relative_to_the_file(cls, manifest: Path, info: ValidationInfo) -> Path:
         folder = (info.context or {}).get("folder")
-        return (folder / manifest.expanduser()).resolve() if folder else manifest
-
-    @field_validator("split", mode="before")
-    @classmethod
-    def _column_name_is_short(cls, value: Any) -> Any:
-        return {"column": value} if isinstance(value, str) else value
+        try:
+            return (folder / manifest.expanduser()).resolve() if folder else manifest
+        except RuntimeError as error:  # '~' of a user that this machine does not know
+            raise ValueError(f"{manifest}: there is no such home directory") from error

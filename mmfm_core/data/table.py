@@ -3,21 +3,18 @@
 Error texts name the row and the column, never the value that stands there: they may leave the site.
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from pyarrow import parquet
 
-from mmfm_core.config.site import MISSING_CELLS, Column, Site
-from mmfm_core.config.strict import did_you_mean
+from mmfm_core.config.site import Column, Site
+from mmfm_core.config.strict import MISSING_CELLS, did_you_mean, plain
 from mmfm_core.errors import MmfmError
-
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8"),
-    ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
-}
 
 
 class Table:
@@ -31,7 +28,8 @@ class Table:
     def __init__(self, site: Site) -> None:
         self.site = site
         frame = read_frame(site.manifest)
-        frame.index = pd.RangeIndex(2, len(frame) + 2)  # as an editor counts lines: the header is line 1
+        first = 2 if site.manifest.suffix.lower() == ".csv" else 1  # as an editor counts lines, past a CSV's header
+        frame.index = pd.RangeIndex(first, len(frame) + first)
         if site.site is not None:
             frame = frame[self._column(frame, site.site, "site") == site.name]
         if frame.empty:
@@ -70,9 +68,11 @@ class Table:
 
         def read(cell: str) -> str | None:
             number = as_number(cell)
+            if cell in column.values:
+                return column.values[cell]
             if cell in missing or number in missing_numbers:
                 return None
-            return column.values.get(cell) or (renamed_numbers.get(number, cell) if number is not None else cell)
+            return renamed_numbers.get(number, cell) if number is not None else cell
 
         return [read(cell) for cell in self._column(self._frame, column.column, field)]
 
@@ -82,7 +82,7 @@ class Table:
                 f"{self.site.manifest}: there is no column '{name}' (named by '{field}' of site "
                 f"'{self.site.name}'); {did_you_mean(name, map(str, frame.columns))}"
             )
-        return frame[name].astype(str).str.strip()
+        return frame[name]
 
     def _identifiers(self, name: str, field: str) -> list[str]:
         cells = self.cells(Column(column=name), field)
@@ -102,13 +102,47 @@ def read_frame(path: Path) -> pd.DataFrame:
         raise MmfmError(f"{path}: a manifest is one of {', '.join(READERS)}; convert it")
     try:
         frame = read(path)
+    except MmfmError:
+        raise
     except FileNotFoundError as error:
         raise MmfmError(f"{path}: the manifest does not exist; check 'manifest' in the site's file") from error
     except Exception as error:  # pandas raises a dozen kinds for a damaged file
         raise MmfmError(
             f"{path}: cannot be read as {path.suffix[1:]} ({type(error).__name__}); export it again"
         ) from error
-    return frame.map(lambda cell: "" if pd.isna(cell) else str(cell))
+    return frame.map(_text)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas would shift the columns by what is too much
+        raise MmfmError(f"{path}: its rows have more cells than its header; put cells that hold commas in quotes")
+    return frame
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    # What pandas would hide in an index is a column like the others, and whole numbers stay whole beside a gap.
+    frame: pd.DataFrame = parquet.read_table(path).to_pandas(ignore_metadata=True, integer_object_nulls=True)
+    return frame
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    with path.open(encoding="utf-8") as file:
+        return pd.DataFrame([json.loads(line) for line in file if line.strip()], dtype=object)
+
+
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".jsonl": _read_jsonl,
+}
+
+
+def _text(cell: Any) -> str:
+    if pd.api.types.is_scalar(cell) and pd.isna(cell):
+        return ""
+    # Half a character, which JSON can hold where a text was cut, can be neither hashed nor tokenised.
+    return plain(str(cell).encode(errors="replace").decode().strip())
 
 
 def as_number(cell: str) -> float | None:
