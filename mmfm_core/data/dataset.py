@@ -4,18 +4,27 @@ Where a modality is absent its row holds a neutral filler that no result may dep
 the row out would give each encoder its own batch size, and per-patient gradients would lose their patient.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmfm_core.config.model import CategoricalFeature, ImageModality, Model, Normalization, TableModality, TextModality
+from mmfm_core.config.model import (
+    CategoricalFeature,
+    ImageModality,
+    Modality,
+    Model,
+    Normalization,
+    TableModality,
+    TextModality,
+)
 from mmfm_core.config.site import Site, Split
 from mmfm_core.data.manifest import Study, read_manifest
 from mmfm_core.data.readers import read_image
 from mmfm_core.data.tokenizer import tokenize
+from mmfm_core.errors import MmfmError
 
 UNLABELLED = -1
 
@@ -90,7 +99,7 @@ def load_dataset(site: Site, model: Model) -> Dataset:
             continue
         fit = here & training if (here & training).any() else here
         if isinstance(modality, ImageModality):
-            inputs[name] = _images(studies, name, modality, fit)
+            inputs[name] = _images(site, studies, name, modality, fit)
         elif isinstance(modality, TextModality):
             inputs[name], cut = _texts(studies, name, modality)
             if cut:
@@ -112,39 +121,49 @@ def load_dataset(site: Site, model: Model) -> Dataset:
 def concatenate(datasets: Sequence[Dataset], model: Model) -> Dataset:
     """The studies of several sites as one, each normalised as its own site does: the pooled bound in a simulation."""
 
-    def join(part: str, names: Sequence[str], fill: float) -> dict[str, Tensor]:
+    def join(part: str, fillers: Mapping[str, Tensor | int]) -> dict[str, Tensor]:
         columns = {}
-        for name in names:
+        for name, filler in fillers.items():
             parts = [getattr(d.everything, part).get(name) for d in datasets]
             like = next((p for p in parts if p is not None), None)
             if like is not None:
+                row = torch.as_tensor(filler, dtype=like.dtype).expand(like.shape[1:])
                 columns[name] = torch.cat(
                     [
-                        p if p is not None else like.new_full((len(d), *like.shape[1:]), fill)
+                        p if p is not None else row.expand(len(d), *row.shape)
                         for p, d in zip(parts, datasets, strict=True)
                     ]
                 )
         return columns
 
-    modalities, heads = list(model.modalities), list(model.heads)
+    absent = {name: _absent(modality) for name, modality in model.modalities.items()}
     everything = Batch(
-        join("inputs", modalities, 0), join("present", modalities, 0), join("targets", heads, UNLABELLED)
+        join("inputs", absent),
+        join("present", dict.fromkeys(absent, 0)),
+        join("targets", dict.fromkeys(model.heads, UNLABELLED)),
     )
     # Two hospitals may use the same number for different people.
     studies = [replace(s, patient=f"{index}/{s.patient}") for index, d in enumerate(datasets) for s in d.studies]
     return Dataset(everything, studies, [note for d in datasets for note in d.notes])
 
 
-def _images(studies: list[Study], name: str, modality: ImageModality, fit: Tensor) -> Tensor:
+def _images(site: Site, studies: list[Study], name: str, modality: ImageModality, fit: Tensor) -> Tensor:
     images = torch.zeros(len(studies), modality.channels, *modality.size)
     for row, study in enumerate(studies):
         if name in study.inputs:
-            images[row] = torch.from_numpy(read_image(study.inputs[name], modality))  # type: ignore[arg-type]
+            try:
+                images[row] = torch.from_numpy(read_image(study.inputs[name], modality))  # type: ignore[arg-type]
+            except MmfmError as error:
+                raise MmfmError(f"{site.manifest}, row {study.row}: the image of '{name}' {error}") from error
     if modality.normalize == "site":
         mean, std = images[fit].mean(), images[fit].std()
     else:
         mean, std = torch.tensor(modality.normalize.mean), torch.tensor(modality.normalize.std)
     return (images - mean) / std.clamp(min=1e-6)
+
+
+def _absent(modality: Modality) -> Tensor | int:
+    return tokenize([""], modality.max_length)[0][0] if isinstance(modality, TextModality) else 0
 
 
 def _texts(studies: list[Study], name: str, modality: TextModality) -> tuple[Tensor, int]:
@@ -154,7 +173,7 @@ def _texts(studies: list[Study], name: str, modality: TextModality) -> tuple[Ten
 
 def _features(studies: list[Study], name: str, modality: TableModality, fit: Tensor) -> Tensor:
     width = len(modality.features)
-    rows = torch.tensor(np.array([study.inputs.get(name, [np.nan] * width) for study in studies], dtype=np.float32))
+    rows = torch.tensor(np.array([study.inputs.get(name, [np.nan] * width) for study in studies], dtype=np.float64))
     for column, spec in enumerate(modality.features.values()):
         if isinstance(spec, CategoricalFeature):
             continue
@@ -164,6 +183,7 @@ def _features(studies: list[Study], name: str, modality: TableModality, fit: Ten
             known = rows[fit, column]
             known = known[~known.isnan()]
             mean = float(known.mean()) if len(known) else 0.0
-            std = float(known.std()) if len(known) > 1 else 1.0
-        rows[:, column] = (rows[:, column] - mean) / max(std, 1e-6)
-    return rows
+            # What never varies in training has no scale; its rounding errors, and later values, must not be blown up.
+            std = float(known.std()) if len(known.unique()) > 1 else 1.0
+        rows[:, column] = (rows[:, column] - mean) / std
+    return rows.float()

@@ -14,6 +14,9 @@ from mmfm_core.errors import MmfmError
 
 Value = Path | str | list[float]
 
+LARGEST = 1e30
+"""Beyond this a number is a slip of the pen, and soon too large for the 32 bits that a model computes with."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -116,7 +119,7 @@ def _paths(table: Table, site: Site, column: Column, cells: list[str | None]) ->
     paths: list[Path | None] = []
     for index, cell in enumerate(cells):
         path = site.manifest.parent / cell if cell is not None else None
-        if path is not None and not path.is_file():
+        if path is not None and not _is_file(path):
             if site.missing_files == "error":
                 raise table.error(
                     index,
@@ -126,6 +129,13 @@ def _paths(table: Table, site: Site, column: Column, cells: list[str | None]) ->
             path = None
         paths.append(path)
     return paths
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long for a file's name: the column of another modality
+        return False
 
 
 def _rows(table: Table, mapping: sites.Table, modality: TableModality, field: str) -> list[list[float] | None]:
@@ -154,7 +164,7 @@ def _numbers(table: Table, column: Column, spec: object, field: str) -> list[flo
             numbers.append(float(_choice(table, index, column, cell, spec.categories)))
         else:
             number = as_number(cell)
-            if number is None or math.isinf(number):
+            if number is None or abs(number) > LARGEST:
                 raise table.error(
                     index, f"column '{column.column}' is not a number; mend it, or list it under 'missing'"
                 )

@@ -13,13 +13,11 @@ def read_image(path: Path, modality: ImageModality) -> np.ndarray:
     """A PNG or JPEG as float32 [C, H, W] in [0, 1] of the file's full scale, resized with antialiasing.
 
     Raises:
-        MmfmError: the file is damaged, not an image, or of a pixel kind without a full scale (32-bit).
+        MmfmError: the file is damaged or no such image; its name is left out, since it comes from a patient's record.
     """
     height, width = modality.size
     try:
-        with Image.open(path) as image:
-            if image.mode in ("I", "F"):
-                raise MmfmError(f"{path.name}: 32-bit pixels have no full scale; save the image with 8 or 16 bits")
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
             if image.mode == "I;16":
                 pixels, full_scale = image.convert("F"), 65535.0
             else:
@@ -27,8 +25,8 @@ def read_image(path: Path, modality: ImageModality) -> np.ndarray:
             resized = pixels.resize((width, height), Image.Resampling.BILINEAR)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MmfmError(
-            f"{path.name}: cannot be read as an image ({type(error).__name__}); restore the file, or empty "
-            "its cell in the manifest"
+            f"cannot be read as a PNG or JPEG ({type(error).__name__}); restore the file, or empty its cell in the "
+            "manifest"
         ) from error
     channels = np.asarray(resized, dtype=np.float32) / full_scale
     channels = channels[None] if channels.ndim == 2 else channels.transpose(2, 0, 1)

@@ -6,6 +6,7 @@ Error texts name the row and the column, never the value that stands there: they
 import json
 import math
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 from pyarrow import parquet
 
 from mmfm_core.config.site import Column, Site
-from mmfm_core.config.strict import MISSING_CELLS, did_you_mean, plain
+from mmfm_core.config.strict import MISSING_CELLS, plain
 from mmfm_core.errors import MmfmError
 
 
@@ -78,9 +79,12 @@ class Table:
 
     def _column(self, frame: pd.DataFrame, name: str, field: str) -> "pd.Series[str]":
         if name not in frame.columns:
+            close = get_close_matches(name, map(str, frame.columns), n=1)
+            # Not the whole header: where it was forgotten, the first patient stands in its place.
+            hint = f"did you mean '{close[0]}'?" if close else "compare it with the manifest's header"
             raise MmfmError(
                 f"{self.site.manifest}: there is no column '{name}' (named by '{field}' of site "
-                f"'{self.site.name}'); {did_you_mean(name, map(str, frame.columns))}"
+                f"'{self.site.name}'); {hint}"
             )
         return frame[name]
 

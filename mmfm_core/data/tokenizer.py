@@ -16,7 +16,8 @@ def tokenize(texts: list[str], max_length: int) -> tuple[Tensor, int]:
     """
     ids = torch.full((len(texts), max_length), PAD_ID)
     cut = 0
-    for row, tokens in zip(ids, _BYTES(texts)["input_ids"], strict=True):
+    # Split: a note may spell '<pad>' or '</s>' without meaning it.
+    for row, tokens in zip(ids, _BYTES(texts, split_special_tokens=True)["input_ids"], strict=True):
         if len(tokens) > max_length:
             cut += 1
             tokens = [*tokens[: max_length - 1], _BYTES.eos_token_id]  # noqa: PLW2901
