@@ -46,12 +46,10 @@ def simulate(
     replace: Annotated[bool, typer.Option("--replace", help="Delete the run in the way first.")] = False,
 ) -> None:
     """Simulate a federation on this machine: every hospital, all rounds, a report at the end."""
+    _one_thread()
     from server.simulation import Request
     from server.simulation import simulate as run_simulation
 
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # workers' threads fight for the cores otherwise, at ten times the cost
     run_simulation(
         Request(federation, _sites_file(federation, sites), run, engine.value, seed, baselines, resume, replace),
         Console(),
@@ -60,9 +58,9 @@ def simulate(
 
 def plan(federation: FederationFile, sites: SitesFile = None) -> None:
     """Print what a federation would do: sites, parameters and their fate, bytes per round, minutes. Trains nothing."""
+    _one_thread()
     from server.plan import show_plan
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     show_plan(federation, _sites_file(federation, sites), Console())
 
 
@@ -90,6 +88,11 @@ def _sites_file(federation: Path, sites: Path | None) -> Path:
     if sites is None and federation.is_file() and not beside.is_file():
         raise MmfmError(f"{beside}: there is no such file; name the sites' file with --sites")
     return sites or beside
+
+
+def _one_thread() -> None:
+    # Before torch is imported: it asks once. The threads of several workers fight for the cores, at ten times the cost.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _say(text: str) -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmfm_core.config import Federation
 from mmfm_core.config.loading import sha256
 from mmfm_core.config.model import ImageModality, TextModality
 from mmfm_core.config.rounds import rounds_of
+from mmfm_core.config.site import SPLITS
 from mmfm_core.data.dataset import Batch
 from mmfm_core.data.description import describe
 from mmfm_core.data.manifest import read_manifest
@@ -19,6 +21,7 @@ from mmfm_core.models.model import MultimodalModel, full_model
 from mmfm_core.models.parameters import Block, blocks_of, check_patterns, fates_of, matches
 from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
+from server.display import duration
 from server.simulation import load_documents
 from server.sites import check_sites
 from server.strategy import Strategy
@@ -44,10 +47,11 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console) -> None
         seconds = seconds_per_study(model, federation)
     console.print(f"[bold]{federation.name}[/]  document sha256 {sha256(federation)}", highlight=False, soft_wrap=True)
     console.print(_sites_table(federation, sites))
+    console.print(_labels_table(federation, sites))
     console.print(_blocks_table(blocks_of(federation, state)))
     console.print(_traffic_table(state, federation, sites))
     console.print(_stages_table(federation))
-    _print_minutes(federation, sites, seconds, console)
+    _print_times(federation, sites, seconds, console)
 
 
 def seconds_per_study(model: MultimodalModel, federation: Federation, studies: int = 16) -> float:
@@ -74,28 +78,40 @@ def _random_batch(federation: Federation, studies: int) -> Batch:
     return Batch(inputs, {name: torch.ones(studies, dtype=torch.bool) for name in inputs}, {})
 
 
+def _table(title: str, *columns: str, words: int) -> Table:
+    """A table of which the first `words` columns are words and the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < words else "right", overflow="fold")
+    return table
+
+
 def _sites_table(federation: Federation, sites: list[SiteDescription]) -> Table:
-    table = Table(title="Sites: studies that have each modality, and training labels")
-    for title in ("site", "patients", "train/val/test", *federation.model.modalities, *federation.model.heads):
-        table.add_column(title, justify="left" if title == "site" else "right")
+    modalities = federation.model.modalities
+    table = _table("Sites, and studies that have each modality", "site", "patients", *SPLITS, *modalities, words=1)
     for site in sites:
         total = sum(site.studies.values())
-        shares = [f"{sum(site.modalities.get(m, {}).values()) / total:.0%}" for m in federation.model.modalities]
+        shares = [f"{sum(site.modalities.get(m, {}).values()) / total:.0%}" for m in modalities]
+        splits = [str(site.studies[split]) for split in SPLITS]
+        table.add_row(site.site, str(sum(site.patients.values())), *splits, *shares)
+    return table
+
+
+def _labels_table(federation: Federation, sites: list[SiteDescription]) -> Table:
+    table = _table("Training labels", "site", *federation.model.heads, words=1)
+    for site in sites:
         labels = [
-            " ".join(f"{count} {name}" for name, count in site.targets[head]["train"].items())
+            escape(", ".join(f"{count} {name}" for name, count in site.targets[head]["train"].items()))
             if head in site.targets
             else "–"
             for head in federation.model.heads
         ]
-        splits = "/".join(str(count) for count in site.studies.values())
-        table.add_row(site.site, str(sum(site.patients.values())), splits, *shares, *labels)
+        table.add_row(site.site, *labels)
     return table
 
 
 def _blocks_table(blocks: list[Block]) -> Table:
-    table = Table(title="Parameters: shared leaves the site, local stays and is trained, frozen stays as it is")
-    for title in ("block", "fate", "parameters", "MB"):
-        table.add_column(title, justify="left" if title in ("block", "fate") else "right")
+    table = _table("Parameters", "block", "fate", "parameters", "MB", words=2)
     for block in blocks:
         table.add_row(block.block, block.fate, f"{block.parameters:,}", f"{block.bytes / MB:.3f}")
     table.add_section()
@@ -105,6 +121,10 @@ def _blocks_table(blocks: list[Block]) -> Table:
             table.add_row(
                 "total", fate, f"{sum(b.parameters for b in inside):,}", f"{sum(b.bytes for b in inside) / MB:.3f}"
             )
+    table.caption, table.caption_justify = (
+        "shared leaves the site; local stays and is trained; frozen never changes",
+        "left",
+    )
     return table
 
 
@@ -113,9 +133,8 @@ def _traffic_table(state: Tensors, federation: Federation, sites: list[SiteDescr
     fates = fates_of(federation, state)
     strategy = Strategy(federation, {name: state[name] for name, fate in fates.items() if fate == "shared"})
     rounds = rounds_of(federation)
-    table = Table(title="Traffic per site, MB")
-    for title in ("site", "down per round", "up per round", "down in all", "up in all"):
-        table.add_column(title, justify="left" if title == "site" else "right")
+    columns = ("site", "down per round", "up per round", "down in all", "up in all")
+    table = _table("Traffic per site, MB", *columns, words=1)
     for site in sites:
         names = strategy.tensors_for(site)
         down = sum(state[name].nbytes for name in names)
@@ -131,9 +150,8 @@ def _traffic_table(state: Tensors, federation: Federation, sites: list[SiteDescr
 
 
 def _stages_table(federation: Federation) -> Table:
-    table = Table(title="Stages")
-    for title in ("stage", "where", "rounds", "steps a round", "tasks", "trains"):
-        table.add_column(title)
+    columns = ("stage", "where", "rounds", "steps a round", "tasks", "trains")
+    table = _table("Stages", *columns, words=len(columns))
     for stage in federation.stages:
         where = "all sites together" if stage.federated else "each site for itself"
         table.add_row(
@@ -142,21 +160,22 @@ def _stages_table(federation: Federation) -> Table:
             str(stage.rounds),
             f"{stage.local_steps} of {stage.batch_size} studies",
             ", ".join(stage.tasks),
-            ", ".join(stage.train),
+            escape(", ".join(stage.train)),
         )
     return table
 
 
-def _print_minutes(federation: Federation, sites: list[SiteDescription], seconds: float, console: Console) -> None:
+def _print_times(federation: Federation, sites: list[SiteDescription], seconds: float, console: Console) -> None:
     steps = sum(stage.rounds * stage.local_steps * stage.batch_size for stage in federation.stages)
     # A forward pass costs about a third of a training step.
     evaluated = [sum(site.studies[split] for r in rounds_of(federation) for split in r.evaluates) / 3 for site in sites]
-    per_site = [(steps + evaluations) * seconds / 60 for evaluations in evaluated]
+    per_site = [(steps + evaluations) * seconds for evaluations in evaluated]
     federated = [stage for stage in federation.stages if stage.federated]
-    bounds = 2 * len(sites) * sum(s.rounds * s.local_steps * s.batch_size for s in federated) * seconds / 60
+    bounds = 2 * len(sites) * sum(s.rounds * s.local_steps * s.batch_size for s in federated) * seconds
+    simulated, beside, busiest = duration(sum(per_site)), duration(bounds), duration(max(per_site))
     lines = (
-        f"{len(rounds_of(federation))} rounds. Estimated on this machine: {sum(per_site):.1f} minutes to simulate them",
-        f"in turn, and {bounds:.1f} beside them for the local-only and pooled baselines;",
-        f"{max(per_site):.1f} minutes of computing at the busiest site of a real federation.",
+        f"{len(rounds_of(federation))} rounds. Estimated on this machine: {simulated} to simulate them in turn, and",
+        f"{beside} beside them for the local-only and pooled baselines; {busiest} of computing at the busiest site of",
+        "a real federation.",
     )
     console.print(" ".join(lines), highlight=False)
