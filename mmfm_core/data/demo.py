@@ -11,7 +11,7 @@ from mmfm_core.config.site import SPLITS, Split
 from mmfm_core.data.demo_hospitals import HOSPITALS, Film, Hospital, Laboratory, Notes
 from mmfm_core.storage import whole_folder
 
-PATIENTS: dict[Split, int] = {"train": 120, "val": 40, "test": 400}
+PATIENTS: dict[Split, int] = {"train": 150, "val": 40, "test": 400}
 STUDIES_OF_A_PATIENT = (0.85, 0.11, 0.04)  # one, two, three
 TRUE_STATEMENTS = 0.92
 SIZE = 32
@@ -117,7 +117,7 @@ def film(unit: Film, opacity: bool, rng: np.random.Generator) -> Image.Image:
     if opacity:
         side, height, spread = rng.choice([-6.5, 6.5]), rng.uniform(-4, 5), rng.uniform(2.6, 3.8)
         cloud = np.exp(-disc(side + rng.uniform(-1, 1), height, spread, spread) / 2)
-        grey += unit.contrast * rng.uniform(0.3, 0.45) * cloud * lungs
+        grey += unit.contrast * rng.uniform(0.35, 0.55) * cloud * lungs
     else:
         rng.random(4)
     pixels = np.clip(grey, 0, 1) ** unit.gamma
