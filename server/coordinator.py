@@ -16,7 +16,7 @@ from mmfm_core.storage import Tensors
 from server.attendance import Attendance, problem_of
 from server.exchange import Answer, ask
 from server.record import Run
-from server.sites import FEDERATION, check_figures, check_sites
+from server.sites import FEDERATION, check_figures, check_sites, one_class_sites
 from server.strategy import Strategy
 
 ATTEMPTS = 3  # a round that came to nothing is asked again before the run gives up
@@ -56,7 +56,10 @@ class Coordinator:
         self.run.update(status="running", cause=None, rounds=len(rounds), blocks=blocks)
         needed = max((self._needed(this) for this in rounds[done:]), default=1)
         self.attendance.gather(needed, max(needed, self.run.facts.get("expected_sites", 0)))
-        check_sites(self.federation, self.attendance.sites.values())
+        sites = self.attendance.sites.values()
+        check_sites(self.federation, sites)
+        for site, sentence in one_class_sites(self.federation, sites):
+            self.run.tell(sentence, level="warning", site=site)
         strategy = Strategy(self.federation, shared)
         for this in rounds[done:]:
             self._round(strategy, this)

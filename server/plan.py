@@ -23,7 +23,7 @@ from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
 from server.display import duration
 from server.simulation import load_documents
-from server.sites import check_sites
+from server.sites import check_sites, one_class_sites
 from server.strategy import Strategy
 
 MB = 1e6
@@ -48,6 +48,8 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console) -> None
     console.print(f"[bold]{federation.name}[/]  document sha256 {sha256(federation)}", highlight=False, soft_wrap=True)
     console.print(_sites_table(federation, sites))
     console.print(_labels_table(federation, sites))
+    for site, sentence in one_class_sites(federation, sites):
+        console.print(f"{site}: {sentence}", markup=False, highlight=False)
     console.print(_blocks_table(blocks_of(federation, state)))
     console.print(_traffic_table(state, federation, sites))
     console.print(_stages_table(federation))

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from mmfm_core.config import Federation
 from mmfm_core.config.site import SPLITS
@@ -51,7 +51,8 @@ def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> Non
     """Check that the sites together can do what the document says.
 
     Raises:
-        MmfmError: a modality that no site holds, or a trained head that no site has a training label for.
+        MmfmError: a modality that no site holds, or a trained head for which the sites have no training label, or
+            labels of one class only.
     """
     sites = list(sites)
     for name in federation.model.modalities:
@@ -59,8 +60,33 @@ def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> Non
             raise MmfmError(f"model.modalities.{name}: no site holds it; map it in a site's file, or take it out")
     for index, stage in enumerate(federation.stages):
         for head in stage.tasks:
-            if not any(sum(site.targets.get(head, {}).get("train", {}).values()) for site in sites):
+            trained = {label for site in sites for label in _trained_classes(site, head)}
+            if not trained:
                 raise MmfmError(
                     f"stages.{index}.tasks.{head}: no site has a training label for it; map a column under "
                     "'targets' in a site's file"
                 )
+            if len(trained) == 1:
+                raise MmfmError(
+                    f"stages.{index}.tasks.{head}: every training label of every site is '{trained.pop()}', so there is "
+                    "nothing to tell apart; check 'values' under 'targets' in the sites' files"
+                )
+
+
+def one_class_sites(federation: Federation, sites: Iterable[SiteDescription]) -> Iterator[tuple[str, str]]:
+    """Each site whose training labels of a head are all of one class, and a sentence about it."""
+    for site in sites:
+        for head in federation.model.heads:
+            trained = _trained_classes(site, head)
+            if len(trained) == 1:
+                yield (
+                    site.site,
+                    (
+                        f"all its training labels of '{head}' are '{trained[0]}': alone it learns nothing from them, and its "
+                        "adapted head may forget the other classes; if that is wrong, check 'values' under 'targets'"
+                    ),
+                )
+
+
+def _trained_classes(site: SiteDescription, head: str) -> list[str]:
+    return [label for label, count in site.targets.get(head, {}).get("train", {}).items() if count]
