@@ -68,7 +68,7 @@ def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> Non
                 )
             if len(trained) == 1:
                 raise MmfmError(
-                    f"stages.{index}.tasks.{head}: every training label of every site is '{trained.pop()}', so there is "
+                    f"stages.{index}.tasks.{head}: every training label of every site is '{trained.pop()}', which leaves "
                     "nothing to tell apart; check 'values' under 'targets' in the sites' files"
                 )
 
@@ -79,13 +79,11 @@ def one_class_sites(federation: Federation, sites: Iterable[SiteDescription]) ->
         for head in federation.model.heads:
             trained = _trained_classes(site, head)
             if len(trained) == 1:
-                yield (
-                    site.site,
-                    (
-                        f"all its training labels of '{head}' are '{trained[0]}': alone it learns nothing from them, and its "
-                        "adapted head may forget the other classes; if that is wrong, check 'values' under 'targets'"
-                    ),
+                sentence = (
+                    f"all its training labels of '{head}' are '{trained[0]}': alone it learns nothing from them, and "
+                    "its adapted head may forget the other classes; if that is wrong, check 'values' under 'targets'"
                 )
+                yield site.site, sentence
 
 
 def _trained_classes(site: SiteDescription, head: str) -> list[str]:
