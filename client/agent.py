@@ -85,8 +85,8 @@ class Agent:
         Raises:
             MmfmError: the document is not approved here, or the site's data does not fit it.
         """
+        federation = gates.approved(self.directory / "approved", document)  # every time: an approval can be withdrawn
         if document not in self._participations:
-            federation = gates.approved(self.directory / "approved", document)
             dataset = self._read(federation.model)
             heads = dataset.everything.targets
             model = MultimodalModel(federation.model, dataset.everything.inputs, heads, federation.seed)
@@ -110,7 +110,8 @@ class Agent:
         shared = {name: p.initial[name] for name in held(p.fates, "shared")}
         gates.check_tensors(request.tensors, shared)
         # What was adapted here comes last: after the last upload it stands over the shared state.
-        load(p.model, p.initial | request.tensors | p.state.before(this.number))
+        kept = {name: array for name, array in p.state.before(this.number).items() if name in p.initial}
+        load(p.model, p.initial | request.tensors | kept)
         metrics = self._measure(p, "shared", this.evaluates)
         weights: dict[str, float] = {}
         leaving: Tensors = {}

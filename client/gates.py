@@ -1,5 +1,6 @@
 """The site's gates: what may come in, what may go out. They fail closed."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def approved(folder: Path, document: str) -> Federation:
         MmfmError: the site approved no such document, or its copy was changed since.
     """
     path = folder / f"{document}.yaml"
-    if len(document) != 64 or not document.isalnum() or not path.is_file():
+    if not re.fullmatch("[0-9a-f]{64}", document) or not path.is_file():
         raise MmfmError("this federation's document is not approved at this site")
     federation = load_federation(path)
     if sha256(federation) != document:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmfm_core.storage import Tensors, read_tensors, write_tensors
 
-KEPT_ROUNDS = 2  # a coordinator that was killed may ask for the last round again
+KEPT_ROUNDS = 3  # a coordinator goes back to its last checkpoint but one at most, and that round starts from one more
 
 
 class LocalState:
@@ -25,9 +25,10 @@ class LocalState:
     def save(self, round_number: int, tensors: Tensors) -> None:
         """Keep the local tensors after a round, and drop what no repeated round can need."""
         write_tensors(self._path(round_number), tensors)
-        for number in self._rounds():
-            if number > round_number or number <= round_number - KEPT_ROUNDS:
-                self._path(number).unlink(missing_ok=True)
+        rounds = sorted(self._rounds())
+        needed = [number for number in rounds if number <= round_number][-KEPT_ROUNDS:]  # a site may miss rounds
+        for number in set(rounds) - set(needed):
+            self._path(number).unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:05d}.safetensors"

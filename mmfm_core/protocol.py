@@ -134,10 +134,8 @@ def from_records(records: RecordDict, *expected: type[Expected]) -> Expected:
         raise MmfmError(f"expected {' or '.join(k.__name__ for k in expected)}, and another kind of message came")
     try:
         message: Expected = TypeAdapter(kind).validate_json(text)
+        return replace(message, tensors=tensors) if isinstance(message, RoundRequest | RoundReply) else message
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise MmfmError(f"the message {name} is malformed: {where}: {first['msg']}") from error
-    if not isinstance(message, RoundRequest | RoundReply):
-        return message
-    return replace(message, tensors=tensors)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write a safetensors file atomically."""
-    _write(path, save({name: np.ascontiguousarray(array) for name, array in tensors.items()}))
+    _write(path, save({name: np.asarray(array, order="C") for name, array in tensors.items()}))
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -48,18 +48,21 @@ def read_tensors(path: Path) -> Tensors:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; it appears under `path`, replacing what stood there, only if the block ends well."""
-    partial = path.with_name(f".partial-{path.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = path.with_name(f".partial-{path.name}"), path.with_name(f".replaced-{path.name}")
+    for left_over in (partial, replaced):
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            path.rename(replaced)  # deleting it takes a while, in which half of it could be found
         partial.rename(path)
         _flush_folder(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_over in (partial, replaced):
+            shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -73,7 +76,8 @@ def _write(path: Path, data: bytes) -> None:
         partial.replace(path)
         _flush_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise _cannot_write(path, error) from error
 
 

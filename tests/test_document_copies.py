@@ -25,7 +25,47 @@ ODD = [
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
-yamlish = st.text(st.sampled_from("aé0.:-?[]{},&*!|>'\"%@`#~<=yn\n\t \\\x00\ud800${}_e+"), max_size=60)
+FRAGMENTS = [
+    *(
+        "name",
+        "sites",
+        ": ",
+        "\n",
+        "  ",
+        "- ",
+        "? ",
+        "{",
+        "}",
+        "[",
+        "]",
+        ", ",
+        "'",
+        '"',
+        "|",
+        ">",
+        "&a ",
+        "*a",
+        "<<",
+        "~",
+        "---\n",
+    ),
+    *(
+        "!!int ",
+        "!!bool ",
+        "!!float ",
+        "!!timestamp ",
+        "!!map ",
+        "!!set ",
+        "!!binary ",
+        "!x ",
+        "0b_",
+        "2001-99-99",
+        "${",
+        "}",
+        "\t",
+    ),
+]
+yamlish = st.lists(st.sampled_from(FRAGMENTS), max_size=10).map("".join)
 anything = st.binary(max_size=200) | st.text(max_size=100) | yamlish | yamlish.map("name: {}".format)
 
 

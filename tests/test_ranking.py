@@ -69,6 +69,24 @@ def test_ranking_metrics_are_undefined_below_five_of_a_class():
     assert measure("accuracy", torch.empty(0, 2), torch.empty(0, dtype=torch.long), []).value is None
 
 
+@pytest.mark.parametrize("metric", ["auroc", "auprc", "f1", "accuracy", "ece"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_nothing_is_measured_on_what_is_no_probability(metric, wrong):
+    targets = torch.tensor([0, 1] * 10)
+    probabilities = torch.rand(20, 2, generator=torch.Generator().manual_seed(0)).softmax(1)
+    patients = [str(i) for i in range(20)]
+    assert measure(metric, probabilities, targets, patients).value is not None
+    probabilities[7, 1] = wrong
+    measured = measure(metric, probabilities, targets, patients)
+    assert (measured.value, measured.low, measured.high) == (None, None, None)
+
+
+def test_a_certain_prediction_has_its_place_among_the_bins_of_calibration():
+    probabilities = torch.tensor([[0.0, 1.0]] * 3 + [[1.0, 0.0]])
+    value = measure("ece", probabilities, torch.tensor([1, 1, 0, 0]), list("abcd")).value
+    assert value == pytest.approx(0.25)  # always certain, right three times out of four
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_point_metrics_equal_scikit_learn(classes):
     generator = torch.Generator().manual_seed(classes)

@@ -31,9 +31,12 @@ class Measurement:
 def measure(metric: str, probabilities: Tensor, targets: Tensor, patients: Sequence[str]) -> Measurement:
     """One metric of `probabilities` [N, classes] against `targets` [N].
 
-    With two classes the second is the positive one; with more, classes are averaged with equal weight.
+    With two classes the second is the positive one; with more, classes are averaged with equal weight. Nothing is
+    defined on no study, or where a model gives no finite probabilities.
     """
-    if not len(targets) or (metric in ("auroc", "auprc") and undefined(targets.numpy(), probabilities.shape[1])):
+    if not len(targets) or not probabilities.isfinite().all():
+        return Measurement(None)
+    if metric in ("auroc", "auprc") and undefined(targets.numpy(), probabilities.shape[1]):
         return Measurement(None)
     if metric == "auroc":
         weights = np.vstack([np.ones(len(targets)), patient_resamples(patients)])
