@@ -83,12 +83,14 @@ class Display:
 
     def __init__(self, runs: list[RunProgress], console: Console) -> None:
         self._runs, self._console = runs, console
+        self._live = console.is_terminal and not console.is_dumb_terminal
+        self._warned: set[str] = set()
         self._bars = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=10),
             TextColumn("{task.fields[what]}", markup=False),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._live,
         )
         self._tasks = {run.title: self._bars.add_task(run.title, total=run.rounds, what=run.what) for run in runs}
 
@@ -104,8 +106,12 @@ class Display:
         """Show what happened since the last refresh."""
         for run in self._runs:
             for line in run.look():
-                if line.startswith("warning") or not self._console.is_terminal:
+                warning = line.startswith("warning")
+                # What is wrong with a site is wrong with it in every run.
+                if line not in self._warned and (warning or not self._live):
                     self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+                if warning:
+                    self._warned.add(line)
             total = None if run.what == "starting" else run.rounds  # a bar without a total moves by itself
             self._bars.update(self._tasks[run.title], total=total, completed=run.done, what=run.what)
 

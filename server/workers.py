@@ -58,6 +58,7 @@ def work(chains: list[list[Job]], console: Console) -> None:
                 time.sleep(REFRESH_SECONDS)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the stopping
+        console.print("Stopping ...")
         stop(processes)
         _mark_interrupted(runs.values(), "stopped by Ctrl-C")
         raise

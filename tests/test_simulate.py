@@ -4,159 +4,37 @@ import json
 import os
 import pty
 import re
-import resource
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from tiny import MODALITIES, tiny_federation, write_sites
+from command_line import MMFM, SITES, Documents, hospitals, longer, mmfm
+from rich.console import Console
+from tiny import tiny_federation
 
 from mmfm_core import command
-from mmfm_core.config import Federation, load_federation, load_sites
+from mmfm_core.config import load_federation, load_sites
 from mmfm_core.errors import MmfmError
-from mmfm_core.storage import Tensors, read_tensors
-from server import baselines, record
-from server.comparison import compare
-from server.display import RunProgress, Tail, duration
-from server.engines import in_process, pooled
+from server import record
+from server.display import Display, RunProgress, Tail, duration
+from server.engines import in_process
 from server.record import COMMAND_LOCK, Run, read_lines
 from server.report import write_report
 from server.simulation import prepare
 
-MMFM = Path(sys.executable).with_name("mmfm")
-PATIENCE = 180.0  # seconds; for what takes a few
-ROUNDS = 5
-
-SITES = {"north": MODALITIES, "south": ("note", "labs"), "healthy": ("scan", "labs")}
-"""The third one has patients of one class only."""
-
-LOCAL_FUSION = {"parameters": {"local": ["fusion.*"]}}
-
-
-@dataclass(frozen=True)
-class Documents:
-    """A federation and its sites as files."""
-
-    federation: Path
-    sites: Path
-
-    def amend(self, folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> "Documents":
-        """Both documents after `change(federation, sites)`, in another folder."""
-        contents = [yaml.safe_load(path.read_text()) for path in (self.federation, self.sites)]
-        change(*contents)
-        return write_documents(folder, *contents)
-
-
-def write_documents(folder: Path, federation: dict[str, Any], sites: dict[str, Any]) -> Documents:
-    folder.mkdir(parents=True, exist_ok=True)
-    documents = Documents(folder / "tiny.yaml", folder / "tiny.sites.yaml")
-    for path, content in ((documents.federation, federation), (documents.sites, sites)):
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return documents
-
-
-def hospitals(folder: Path, sites: Mapping[str, tuple[str, ...]] = SITES) -> Documents:
-    """Generated hospitals and the two documents about them, as a person would write them."""
-    written = {
-        name: site.model_dump(mode="json", exclude_unset=True, exclude={"name"})
-        for name, site in write_sites(folder / "hospitals", sites).items()
-    }
-    for name, site in written.items():
-        manifest = Path(site["manifest"])
-        site["manifest"] = str(manifest.relative_to(folder))
-        if name == "healthy":
-            manifest.write_text(manifest.read_text().replace(",ill,", ",healthy,"))
-    return write_documents(folder, plain(tiny_federation()), {"sites": written})
-
-
-def plain(federation: Federation) -> dict[str, Any]:
-    return federation.model_dump(mode="json", exclude_unset=True)
+# --- a run that goes well -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Documents:
     return hospitals(tmp_path_factory.mktemp("federation"))
-
-
-@dataclass
-class Command:
-    """A command at work in a session of its own."""
-
-    process: subprocess.Popen[bytes]
-    out: Path
-    err: Path
-
-    def kill(self, number: int) -> None:
-        """Signal every process of the session, as a terminal does."""
-        for member in self.members():
-            with suppress(ProcessLookupError):
-                os.kill(member, number)
-
-    def members(self) -> list[int]:
-        """The living processes of the session."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):
-                state, _, _, session = entry.read_text().rpartition(")")[2].split()[:4]
-                if int(session) == self.process.pid and state != "Z":
-                    found.append(int(entry.parent.name))
-        return found
-
-    def wait(self) -> int:
-        """The exit code."""
-        return self.process.wait(PATIENCE)
-
-
-@contextmanager
-def started(folder: Path, *words: str | Path) -> Iterator[Command]:
-    """`mmfm` with these words, in `folder`; after the block none of its processes is left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    out, err = folder / "out.txt", folder / "err.txt"
-    with out.open("wb") as to, err.open("wb") as errors:
-        process = subprocess.Popen(
-            [MMFM, *words], cwd=folder, stdin=subprocess.DEVNULL, stdout=to, stderr=errors, start_new_session=True
-        )
-    running = Command(process, out, err)
-    try:
-        yield running
-    finally:
-        running.kill(signal.SIGKILL)
-        process.wait()
-
-
-def mmfm(folder: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    with started(folder, *words) as running:
-        code = running.wait()
-    return subprocess.CompletedProcess(words, code, running.out.read_text(), running.err.read_text())
-
-
-def until(happened: Callable[[], object], running: Command) -> None:
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert running.process.poll() is None, f"ended before: {running.err.read_text()}"
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def nobody_left(running: Command) -> bool:
-    end = time.monotonic() + PATIENCE
-    while running.members() and time.monotonic() < end:
-        time.sleep(0.05)
-    return not running.members()
-
-
-# --- a run that goes well -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +85,9 @@ def test_without_a_terminal_there_is_a_plain_line_for_each_round(finished: tuple
     assert sum(line.startswith("local only: round ") for line in lines) == 1
     assert sum(line.startswith("pooled: round ") for line in lines) == 3
     assert lines[-1] == "Report: runs/tiny/report.html"
-    assert max(map(len, lines)) <= 80
+    assert max(len(line) for line in lines if not line.startswith("warning")) <= 80
+    warnings = [line for line in lines if line.startswith("warning")]
+    assert len(warnings) == len(set(warnings))  # though three runs have the same sites
 
 
 @pytest.mark.slow
@@ -240,7 +120,7 @@ def test_in_a_terminal_progress_is_live_and_leaves_it_clean(documents: Documents
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode())
     assert all(c.isprintable() or c in "\r\n" for c in text)
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", text)]
-    assert max(map(len, lines)) <= 80
+    assert max(len(line) for line in lines if "warning" not in line) <= 80
     assert any(re.match(r"federation ━+[╸╺ ]?━* *starting", line) for line in lines)
     assert any(re.match(r"federation .* round \d/3 train, \d/3 sites, loss \d\.\d{3}", line) for line in lines)
     assert lines[0] == "Simulating tiny: 3 sites, in it's [red]"
@@ -363,32 +243,6 @@ def test_a_file_that_is_no_document_is_named(
     assert not (tmp_path / "runs").exists()
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch with as many threads as a worker has, since sums depend on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, documents: Documents) -> Path:
-    """An undisturbed run with a local fusion, longer than the others."""
-    folder = tmp_path_factory.mktemp("reference")
-    long = documents.amend(folder, longer)
-    federation, sites = load_federation(long.federation), load_sites(documents.sites)
-    prepare(folder / "run", federation, sites, expected_sites=len(sites))
-    with one_thread():
-        in_process.simulate(folder / "run")
-    return folder / "run"
-
-
-def longer(federation: dict[str, Any], _: dict[str, Any]) -> None:
-    federation |= LOCAL_FUSION
-    federation["stages"][0] |= {"rounds": ROUNDS, "local_steps": 8}
-
-
 def test_a_directory_that_is_not_a_run_is_left_alone(
     documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -419,14 +273,19 @@ def test_a_run_directory_that_cannot_be_written_is_named(
 
 def test_a_run_is_resumed_only_as_what_it_was(
     documents: Documents,
-    reference: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     long = documents.amend(tmp_path, longer)
-    where = ["--run", reference, "--sites", documents.sites]
-    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if not path.name.startswith(".")}
+    began = prepare(tmp_path / "run", load_federation(long.federation), load_sites(documents.sites))
+    began.save_checkpoint(1, {"x": np.zeros(2, np.float32)})
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in began.directory.rglob("[!.]*") if path.is_file()}
+
+    where = ["--run", began.directory, "--sites", documents.sites]
+    before = contents()
 
     def told(*words: str | Path) -> str:
         return said_by(["simulate", *words], monkeypatch, capsys)
@@ -443,9 +302,9 @@ def test_a_run_is_resumed_only_as_what_it_was(
         sites["sites"]["south"]["missing"] = ["unknown"]
 
     amended = documents.amend(tmp_path / "amended", rename).sites
-    sentence = told(long.federation, "--run", reference, "--sites", amended, "--resume")
+    sentence = told(long.federation, "--run", began.directory, "--sites", amended, "--resume")
     assert "site 'healthy' is not what it was when this run began" in sentence  # its manifest is looked for elsewhere
-    assert {path: path.stat().st_mtime_ns for path in reference.rglob("*") if not path.name.startswith(".")} == before
+    assert contents() == before
 
 
 def test_replace_starts_where_nothing_is_in_the_way(tmp_path: Path) -> None:
@@ -567,145 +426,17 @@ def test_a_mended_mistake_leaves_nothing_in_the_way(tmp_path: Path) -> None:
     assert "training alone" not in mended.stdout
 
 
-# --- kills, interruptions, a full disk ------------------------------------------------------------------------------
-
-
-def assert_same_outcome(run: Path, reference: Path) -> None:
-    """Bit for bit the same shared state, site states, predictions and figures; only times may differ."""
-    for pattern in ("checkpoints/*/*.safetensors", "sites/*/state/*/*.safetensors"):
-        names = {path.relative_to(reference) for path in reference.glob(pattern)}
-        assert {path.relative_to(run) for path in run.glob(pattern)} == names
-        assert names
-        for name in names:
-            assert_same_bits(read_tensors(run / name), read_tensors(reference / name))
-    for path in reference.glob("sites/*/predictions/*.csv"):
-        assert (run / path.relative_to(reference)).read_text() == path.read_text()
-    assert figures(run) == figures(reference)
-    assert Run.open(run).facts["status"] == "completed"
-    assert not list(run.rglob(".partial*"))
-
-
-def assert_same_bits(some: Tensors, others: Tensors) -> None:
-    assert some.keys() == others.keys()
-    assert all(some[name].tobytes() == others[name].tobytes() for name in some)
-
-
-def figures(run: Path) -> list[dict[str, Any]]:
-    return [line for line in read_lines(run / "metrics.jsonl") if line["metric"] != "seconds"]
-
-
-def round_began(run: Path, number: int) -> bool:
-    """Whether the first site has answered in a round."""
-    with suppress(OSError):
-        return f'{{"round": {number}, ' in (run / "metrics.jsonl").read_text()
-    return False
-
-
-KILLS: dict[str, Callable[[Path], bool]] = {
-    "while it prepares": lambda run: (run / "run.json").exists(),
-    "in a round": lambda run: round_began(run, 3),
-    "after a checkpoint": lambda run: (run / "checkpoints" / "round-00002" / "state.json").exists(),
-    "while sites adapt": lambda run: round_began(run, ROUNDS + 1),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", KILLS.values(), ids=KILLS)
-def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(
-    moment: Callable[[Path], bool], documents: Documents, reference: Path, tmp_path: Path
+def test_a_file_that_may_not_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long = documents.amend(tmp_path, longer)
-    words = ["simulate", long.federation, "--sites", documents.sites, "--no-baselines", "--run", "run"]
-    with started(tmp_path, *words) as running:
-        until(lambda: moment(tmp_path / "run"), running)
-        running.kill(signal.SIGKILL)
-        assert running.wait() == -signal.SIGKILL
-    resumed = mmfm(tmp_path, *words, "--resume")
-    assert (resumed.returncode, resumed.stderr) == (0, "")
-    assert_same_outcome(tmp_path / "run", reference)
+    def fail() -> None:
+        raise PermissionError(13, "Permission denied", "[a]/manifest.csv")
 
-
-@pytest.mark.slow
-def test_workers_of_a_killed_command_end_by_themselves(documents: Documents, reference: Path, tmp_path: Path) -> None:
-    long = documents.amend(tmp_path, longer)
-    words = ["simulate", long.federation, "--sites", documents.sites, "--run", "run"]
-    with started(tmp_path, *words) as running:
-        until(lambda: round_began(tmp_path / "run", 2), running)
-        assert len(running.members()) >= 3
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(record, "LOCK_SECONDS", 0)
-            for way in ("--resume", "--replace"):
-                second = mmfm(tmp_path / "second", *words[:-1], tmp_path / "run", way)
-                assert second.returncode == 1
-                assert "another process is working on this run; wait for it to end, or stop it" in second.stderr
-        running.process.kill()
-        assert running.wait() == -signal.SIGKILL
-        assert nobody_left(running)
-    resumed = mmfm(tmp_path, *words, "--no-baselines", "--resume")
-    assert (resumed.returncode, resumed.stderr) == (0, "")
-    assert_same_outcome(tmp_path / "run", reference)
-
-
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory, documents: Documents) -> Path:
-    """An undisturbed run with its baselines and their comparison, without the command."""
-    federation, sites = load_federation(documents.federation), load_sites(documents.sites)
-    directory = tmp_path_factory.mktemp("compared") / "run"
-    with one_thread():
-        for folder, document, simulate in (
-            (directory, federation, in_process.simulate),
-            (directory / "baselines" / "local-only", baselines.local_only(federation), in_process.simulate),
-            (directory / "baselines" / "pooled", baselines.pooled(federation, len(sites)), pooled.simulate),
-        ):
-            prepare(folder, document, sites)
-            simulate(folder)
-    compare(directory)
-    return directory
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_everything_and_loses_nothing(documents: Documents, compared: Path, tmp_path: Path) -> None:
-    words = ["simulate", documents.federation]
-    with started(tmp_path, *words) as running:
-        until(lambda: round_began(tmp_path / "runs/tiny", 1), running)
-        for _ in range(3):  # who presses it once will press it again
-            running.kill(signal.SIGINT)
-            time.sleep(0.1)
-        assert running.wait() == 130
-        assert nobody_left(running)
-    assert running.err.read_text() == ""
-    *_, last = running.out.read_text().splitlines()
-    assert last == "Interrupted; nothing is lost. Go on with the same command and --resume."
-    run = tmp_path / "runs/tiny"
-    assert Run.open(run).facts["status"] == "interrupted"
-    assert "stopped by Ctrl-C" in write_report(run).read_text()
-    resumed = mmfm(tmp_path, *words, "--resume")
-    assert (resumed.returncode, resumed.stderr) == (0, "")
-    assert_same_outcome(run, compared)
-    for baseline in ("baselines/local-only", "baselines/pooled"):
-        assert figures(run / baseline) == figures(compared / baseline)
-    assert (run / "comparison.json").read_text() == (compared / "comparison.json").read_text()
-
-
-@pytest.mark.slow
-def test_a_full_disk_costs_only_the_round_it_came_in(documents: Documents, reference: Path, tmp_path: Path) -> None:
-    long = documents.amend(tmp_path, longer)
-    words = ["simulate", long.federation, "--sites", documents.sites, "--no-baselines", "--run", "run"]
-    first = tmp_path / "run" / "checkpoints" / "round-00001" / "shared.safetensors"
-    with started(tmp_path, *words) as running:
-        until(lambda: first.with_name("state.json").exists(), running)
-        for member in running.members():
-            resource.prlimit(member, resource.RLIMIT_FSIZE, (first.stat().st_size - 1, resource.RLIM_INFINITY))
-        assert running.wait() == 1
-    said = running.err.read_text()
-    assert re.fullmatch(r"error: .*shared\.safetensors: cannot be written \(File too large\); make room .*\n", said)
-    run = Run.open(tmp_path / "run")
-    assert run.facts["status"] == "failed"
-    assert run.checkpoint() is not None
-    assert not list(run.directory.rglob(".partial*"))
-    resumed = mmfm(tmp_path, *words, "--resume")
-    assert (resumed.returncode, resumed.stderr) == (0, "")
-    assert_same_outcome(run.directory, reference)
+    monkeypatch.setattr(command, "build", fail)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: [a]/manifest.csv: Permission denied; mend that, then try again\n"
 
 
 # --- progress -------------------------------------------------------------------------------------------------------
@@ -741,6 +472,20 @@ def test_progress_estimates_what_is_left_from_the_rounds_that_were(tmp_path: Pat
     ]
     resumed = RunProgress("federation", run, rounds=4, sites=2)
     assert (resumed.done, list(resumed.look())) == (2, [])
+
+
+@pytest.mark.parametrize("terminal", ["dumb", ""])
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(
+    terminal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", terminal or "xterm")
+    run = Run.create(tmp_path / "run", tiny_federation())
+    screen = StringIO()
+    console = Console(file=screen, force_terminal=terminal == "dumb", width=100)
+    with Display([RunProgress("federation", run, rounds=2, sites=1)], console):
+        for site in ("north", "federation"):
+            run.record(round=1, stage="train", site=site, metric="seconds", value=20)
+    assert screen.getvalue() == "federation: round 1/2 train, 1/1 sites, 20 s left, 20 s this round\n"
 
 
 @pytest.mark.parametrize(
