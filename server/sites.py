@@ -68,8 +68,8 @@ def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> Non
                 )
             if len(trained) == 1:
                 raise MmfmError(
-                    f"stages.{index}.tasks.{head}: every training label of every site is '{trained.pop()}', which leaves "
-                    "nothing to tell apart; check 'values' under 'targets' in the sites' files"
+                    f"stages.{index}.tasks.{head}: every training label of every site is '{trained.pop()}', which "
+                    "leaves nothing to tell apart; check 'values' under 'targets' in the sites' files"
                 )
 
 
