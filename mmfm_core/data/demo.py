@@ -14,6 +14,7 @@ from mmfm_core.storage import whole_folder
 PATIENTS: dict[Split, int] = {"train": 150, "val": 40, "test": 400}
 STUDIES_OF_A_PATIENT = (0.85, 0.11, 0.04)  # one, two, three
 TRUE_STATEMENTS = 0.92
+MISSING = 0.05
 SIZE = 32
 
 
@@ -42,7 +43,7 @@ def cases(hospital: Hospital, seed: int = 0) -> list[Case]:
     """The studies of a hospital with the factors behind them."""
     rng = _random(hospital, seed, "cases")
     drawn = []
-    for number, split in enumerate(split for split in SPLITS for _ in range(PATIENTS[split])):
+    for number, split in enumerate(name for name in SPLITS for _ in range(PATIENTS[name])):
         patient, age, sex = f"P{number + 1:04d}", int(rng.integers(25, 92)), str(rng.choice(["f", "m"]))
         for visit in range(1 + int(rng.choice(len(STUDIES_OF_A_PATIENT), p=STUDIES_OF_A_PATIENT))):
             opacity, infection = bool(rng.random() < hospital.opacity), bool(rng.random() < hospital.infection)
@@ -55,32 +56,28 @@ def _random(hospital: Hospital, seed: int, part: str) -> np.random.Generator:
     return np.random.default_rng([seed, *f"{hospital.name}/{part}".encode()])
 
 
-MISSING = 0.05
-
-
 def _write(home: Path, hospital: Hospital, seed: int) -> None:
     rng = _random(hospital, seed, "findings")
     rows = []
     (home / "images").mkdir()
     for case in cases(hospital, seed):
         image = f"images/{case.study}.png"
-        film(hospital.film, case.opacity, rng).save(home / image)
-        row = {"patient_id": case.patient, "study_id": case.study, "split": case.split, "image": image}
+        _film(hospital.film, case.opacity, rng).save(home / image)
+        findings = {"image": image}
         if hospital.notes:
-            row["note"] = note(hospital.notes, case.infection, rng)
+            findings["note"] = _note(hospital.notes, case.infection, rng)
         if hospital.laboratory:
-            row |= {"age": str(case.age), "sex": case.sex} | values(hospital.laboratory, case.infection, rng)
-        for k in row:
-            if k in ("image", "note", "age", "sex", "temperature", "crp", "leukocytes") and rng.random() < MISSING:
-                row[k] = hospital.empty
-        rows.append(row | {"pneumonia": hospital.coded[case.pneumonia]})
+            findings |= {"age": str(case.age), "sex": case.sex} | _values(hospital.laboratory, case.infection, rng)
+        known = {name: hospital.empty if rng.random() < MISSING else cell for name, cell in findings.items()}
+        record = {"patient_id": case.patient, "study_id": case.study, "split": case.split}
+        rows.append(record | known | {"pneumonia": hospital.coded[case.pneumonia]})
     with (home / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(hospital.headings.get(c, c) for c in rows[0])
+        writer.writerow(hospital.headings.get(name, name) for name in rows[0])
         writer.writerows(row.values() for row in rows)
 
 
-def note(style: Notes, infection: bool, rng: np.random.Generator) -> str:
+def _note(style: Notes, infection: bool, rng: np.random.Generator) -> str:
     if rng.random() < style.copied:
         infection = bool(rng.random() < 0.5)
     said = [
@@ -90,37 +87,36 @@ def note(style: Notes, infection: bool, rng: np.random.Generator) -> str:
     return style.layout.format(fever=said[0], cough=said[1], remark=rng.choice(style.remarks)).strip()
 
 
-def values(lab: Laboratory, infection: bool, rng: np.random.Generator) -> dict[str, str]:
-    r = lab.response * infection
+def _values(laboratory: Laboratory, infection: bool, rng: np.random.Generator) -> dict[str, str]:
+    effect = laboratory.response * infection
     return {
-        "temperature": f"{lab.temperature + 0.9 * r + rng.normal(0, 0.6):.1f}",
-        "crp": f"{lab.crp * np.exp(1.4 * r + rng.normal(0, 0.9)):.0f}",
-        "leukocytes": f"{max(0.5, lab.leukocytes + 3.0 * r + rng.normal(0, 2.6)):.1f}",
+        "temperature": f"{laboratory.temperature + 0.9 * effect + rng.normal(0, 0.6):.1f}",
+        "crp": f"{laboratory.crp * np.exp(1.4 * effect + rng.normal(0, 0.9)):.0f}",
+        "leukocytes": f"{max(0.5, laboratory.leukocytes + 3.0 * effect + rng.normal(0, 2.6)):.1f}",
     }
 
 
-def film(unit: Film, opacity: bool, rng: np.random.Generator) -> Image.Image:
+def _film(unit: Film, opacity: bool, rng: np.random.Generator) -> Image.Image:
+    """A chest in a few curves: two lungs crossed by ribs, a heart, and for an opacity a cloud in one lung."""
     y, x = np.mgrid[0:SIZE, 0:SIZE]
     dx, dy = rng.uniform(-1, 1, 2)
     wide = rng.uniform(0.92, 1.08)
 
     def disc(cx: float, cy: float, rx: float, ry: float) -> np.ndarray:
-        return ((x - 15.5 - dx - cx) / (rx * wide)) ** 2 + ((y - 15.5 - dy - cy) / ry) ** 2
+        distance: np.ndarray = ((x - 15.5 - dx - cx) / (rx * wide)) ** 2 + ((y - 15.5 - dy - cy) / ry) ** 2
+        return distance
 
-    body = 0.62 + rng.normal(0, 0.03)
-    air = 0.22 + rng.normal(0, 0.03)
+    tissue, air = 0.62 + rng.normal(0, 0.03), 0.22 + rng.normal(0, 0.03)
     lungs = np.maximum(*(1 / (1 + np.exp(8 * (disc(side, -1, 5.5, 9.5) - 1))) for side in (-6.5, 6.5)))
     ribs = 0.08 * np.clip(np.sin(0.9 * (y + 0.08 * (x - 15.5 - dx) ** 2) + rng.uniform(0, 6)), 0, 1)
-    grey = body + lungs * (air - body + ribs)
+    grey = tissue + lungs * (air - tissue + ribs)
     heart = 1 / (1 + np.exp(6 * (disc(1.5, 5, rng.uniform(4, 5.5), 5) - 1)))
-    grey += (body + 0.05 - grey) * heart
+    grey += (tissue + 0.05 - grey) * heart
     if opacity:
         side, height, spread = rng.choice([-6.5, 6.5]), rng.uniform(-4, 5), rng.uniform(2.6, 3.8)
         cloud = np.exp(-disc(side + rng.uniform(-1, 1), height, spread, spread) / 2)
         grey += unit.contrast * rng.uniform(0.35, 0.55) * cloud * lungs
-    else:
-        rng.random(4)
     pixels = np.clip(grey, 0, 1) ** unit.gamma
     image = Image.fromarray((pixels * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(unit.blur))
-    noisy = np.asarray(image) / 255 + rng.normal(0, unit.noise, image.size)
+    noisy = np.asarray(image) / 255 + rng.normal(0, unit.noise, (SIZE, SIZE))
     return Image.fromarray((np.clip(noisy, 0, 1) * 255).astype(np.uint8))
