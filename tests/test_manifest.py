@@ -163,7 +163,7 @@ def plain(studies: Sequence[Study]) -> list[tuple[Any, ...]]:
 
 
 @given(rows=tables())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=80)
 def test_a_table_is_the_same_studies_in_any_file(tmp_path: Path, rows: list[Row]) -> None:
     expected = expected_studies(rows)
     for name, write in WRITERS.items():
