@@ -2,9 +2,9 @@
 
     python benchmarks/heart.py [--seeds 3] [--out runs/benchmarks/heart]
 
-Runs `mmfm simulate` for every seed, and once more with a local head, and writes `benchmarks/results/heart.md`. The anchor is
-the AUROC over all sites' test patients together. It rewards a per-site offset where prevalence differs, so it only serves to
-compare with those figures; per site is what counts.
+Runs `mmfm simulate` for every seed, and once more with a local head, and writes `benchmarks/results/heart.md`. The anchor
+is the AUROC over all sites' test patients together. It rewards a per-site offset where prevalence differs, so it only
+serves to compare with those figures; per site is what counts.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def table(tasks: list[dict[str, dict[str, float | None]]], seconds: float) -> st
     lines = [
         "# Heart disease, four hospitals: AUROC on test patients",
         "",
-        f"`python benchmarks/heart.py --seeds {len(tasks)}`: {len(tasks)} seeds, {seconds / 60:.1f} minutes on 2 cores. "
+        f"`python benchmarks/heart.py --seeds {len(tasks)}`: {seconds / 60:.1f} minutes on 2 cores. "
         "Mean ± standard deviation over seeds; '–' is undefined (fewer than 5 patients of a class).",
         "",
         "| method | all sites together | anchor | " + " | ".join(sites) + " |",

@@ -5,13 +5,14 @@ from itertools import chain, combinations
 import pytest
 import torch
 from opacus import GradSampleModule
+from tiny import tiny_federation
 from torch import Tensor, nn
 
 from mmfm_core.config import Federation
 from mmfm_core.data.dataset import Batch
+from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel, full_model
 from mmfm_core.models.tokens import Tokens
-from tiny import tiny_federation
 
 FUSIONS = ({"type": "gated"}, {"type": "concat"}, {"type": "joint", "depth": 1})
 STUDIES = 6
@@ -168,3 +169,11 @@ def one(batch: Batch, row: int) -> Batch:
         for part in (batch.inputs, batch.present, batch.targets)
     )
     return Batch(inputs, present, targets)
+
+
+def test_a_name_that_torch_reserves_is_refused_in_a_sentence():
+    document = tiny_federation().model_dump(mode="json")
+    for part in ("modalities", "encoders"):
+        document["model"][part]["type"] = document["model"][part].pop("labs")
+    with pytest.raises(MmfmError, match="'type' is a word that torch keeps for itself"):
+        full_model(Federation.model_validate(document).model, seed=0)

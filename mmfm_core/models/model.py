@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmfm_core.config.model import Model as ModelConfig
 from mmfm_core.data.dataset import Batch
+from mmfm_core.errors import MmfmError
 from mmfm_core.models.encoders import build_encoder
 from mmfm_core.models.fusion import build_fusion
 from mmfm_core.models.heads import ClassificationHead, build_head
@@ -26,13 +27,13 @@ class MultimodalModel(nn.Module):
         for name in config.modalities:
             if name in modalities:
                 with seeded(seed, "encoders", name):
-                    self.encoders[name] = build_encoder(config, name)
+                    _add(self.encoders, name, build_encoder(config, name))
         with seeded(seed, "fusion"):
             self.fusion = build_fusion(config)
         for name in config.heads:
             if name in heads:
                 with seeded(seed, "heads", name):
-                    self.heads[name] = build_head(config, name)
+                    _add(self.heads, name, build_head(config, name))
 
     def forward(self, batch: Batch, heads: Collection[str]) -> dict[str, Tensor]:
         """Outputs of `heads`; what a study's absent modalities hold has no influence."""
@@ -53,6 +54,13 @@ class MultimodalModel(nn.Module):
             assert isinstance(head, ClassificationHead)
             losses[name] = head.loss(outputs[name], batch.targets[name])
         return losses
+
+
+def _add(parts: nn.ModuleDict, name: str, part: nn.Module) -> None:
+    try:
+        parts[name] = part
+    except KeyError as error:
+        raise MmfmError(f"model: '{name}' is a word that torch keeps for itself; choose another name") from error
 
 
 @contextmanager
