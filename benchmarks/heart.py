@@ -2,9 +2,9 @@
 
     python benchmarks/heart.py [--seeds 3] [--out runs/benchmarks/heart]
 
-Runs `mmfm simulate` for every seed, and once more with a local head, and writes `benchmarks/results/heart.md`. The anchor
-is the AUROC over all sites' test patients together. It rewards a per-site offset where prevalence differs, so it only
-serves to compare with those figures; per site is what counts.
+Runs `mmfm simulate` for every seed, and once more with a local head, and writes `benchmarks/results/heart.md`. The
+anchor is the AUROC over all sites' test patients together. It rewards a per-site offset where prevalence differs, so it
+only serves to compare with those figures; per site is what counts.
 """
 
 import argparse
