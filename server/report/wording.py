@@ -55,7 +55,7 @@ def meanings(federation: Federation) -> dict[str, str]:
         "fedavg": "One model trained by all hospitals together: after each round its parameters are averaged.",
         "adapted": "The FedAvg model, a part of which each hospital then trained further on its own patients and kept"
         + (f" ({parts})." if parts else "."),
-        "pooled": "What would be possible if the data could be put in one place: a bound, not an option.",
+        "pooled": "One model trained on all data in one place, if that were allowed: a reference, not an option.",
     }
 
 
