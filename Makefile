@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt
 .PHONY: demo test lint bench clean
 demo: $(VENV)/.base                  ## four generated hospitals, from nothing to a report
 	$(BIN)/mmfm demo-data runs/demo-data
-	$(BIN)/mmfm simulate deploy/federations/demo.yaml --run runs/demo $(if $(wildcard runs/demo/run.json),--replace)
+	$(BIN)/mmfm simulate deploy/federations/demo.yaml --run runs/demo --replace
 
 test: $(VENV)/.dev                   ## every test, on every core
 	$(BIN)/pytest -n auto
