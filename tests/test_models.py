@@ -177,3 +177,16 @@ def test_a_name_that_torch_reserves_is_refused_in_a_sentence():
         document["model"][part]["type"] = document["model"][part].pop("labs")
     with pytest.raises(MmfmError, match="'type' is a word that torch keeps for itself"):
         full_model(Federation.model_validate(document).model, seed=0)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS[:2], ids=lambda fusion: fusion["type"])
+def test_a_learned_vector_stands_for_an_absent_modality_and_for_nothing_else(fusion):
+    model = full_model(federation_with(fusion).model, seed=0).eval()
+    batch = some_absent()
+    before = model(batch, ["disease"])["disease"]
+    with torch.no_grad():
+        model.fusion.missing.weight.normal_(generator=torch.Generator().manual_seed(1))
+    changed = ((model(batch, ["disease"])["disease"] - before).abs() > 1e-6).any(1)
+    complete = torch.stack(list(batch.present.values())).all(0)
+    assert not changed[complete].any()
+    assert changed[~complete].all()
