@@ -104,11 +104,13 @@ def test_workers_of_a_killed_command_end_by_themselves(documents: Documents, ref
     with started(tmp_path, *words) as running:
         until(lambda: round_began(tmp_path / "run", 2), running)
         assert len(running.members()) >= 3
+        running.kill(signal.SIGSTOP)  # so that a fast machine does not finish it before the second command asks
         for way in ("--resume", "--replace"):
             second = mmfm(tmp_path / "second", *words[:-1], tmp_path / "run", way)
             assert second.returncode == 1
             assert re.fullmatch(r"error: .*another process is working on this run; wait for .*\n", second.stderr)
         running.process.kill()
+        running.kill(signal.SIGCONT)
         assert running.wait() == -signal.SIGKILL
         assert nobody_left(running)
     resumed = mmfm(tmp_path, *words, "--no-baselines", "--resume")
