@@ -1,0 +1,1 @@
+"""Free text: token ids, vocabularies, and the findings a report states."""
