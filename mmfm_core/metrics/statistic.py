@@ -1,0 +1,70 @@
+"""A metric as a function of study weights, in numpy alone, so that a report needs no torch.
+
+One function then gives the value (all weights one), its interval (weights of patients drawn again) and a paired
+comparison of two methods (`lambda weights: a(weights) - b(weights)`: both see the same patients in every draw).
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mmfm_core.tasks.ranking import RESAMPLES, Floats, interval, patient_resamples
+
+Statistic = Callable[[Floats], Floats]
+"""From study weights [R, N], non-negative, to values [R]: NaN where undefined at a row's weights."""
+
+UNDEFINED = (float("nan"), float("nan"), float("nan"))
+
+
+def ratio_of(numerator: Floats, denominator: Floats) -> Statistic:
+    """Weighted sum over weighted sum of two quantities [N], over the studies where both are finite."""
+    finite = np.isfinite(numerator) & np.isfinite(denominator)
+    above, below = numerator[finite], denominator[finite]
+
+    def statistic(weights: Floats) -> Floats:
+        return quotient(weights[:, finite] @ above, weights[:, finite] @ below)
+
+    return statistic
+
+
+def mean_of(per_study: Floats) -> Statistic:
+    """Weighted mean of a quantity [N] over the studies where it is finite."""
+    return ratio_of(per_study, np.ones(len(per_study)))
+
+
+def macro(statistics: Sequence[Statistic]) -> Statistic:
+    """Mean of several statistics (one per class, say), at each row of weights over those that are defined there."""
+
+    def statistic(weights: Floats) -> Floats:
+        values = np.array([one(weights) for one in statistics]).reshape(len(statistics), len(weights))
+        defined = np.isfinite(values)
+        return quotient(np.where(defined, values, 0).sum(0), defined.sum(0).astype(float))
+
+    return statistic
+
+
+def bootstrap(
+    statistic: Statistic, patients: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float, float]:
+    """Value, low and high (95 %, percentile bootstrap over patients) of a statistic; NaN where undefined.
+
+    Args:
+        statistic: of N studies.
+        patients: [N], the patient of each study; studies of one patient are drawn together.
+        resamples: draws; those on which the statistic is undefined are left out of the interval.
+        seed: of the draws; the same for every statistic that is to be compared.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    if not len(patients):
+        return UNDEFINED
+    values = statistic(np.vstack([np.ones(len(patients)), patient_resamples(patients, resamples, seed)]))
+    if not np.isfinite(values[1:]).any():
+        return float(values[0]), *UNDEFINED[1:]
+    return interval(values)
+
+
+def quotient(above: Floats, below: Floats) -> Floats:
+    """Quotient of two arrays of one shape; NaN where the divisor is zero."""
+    result: Floats = np.divide(above, below, out=np.full(below.shape, np.nan), where=below != 0)
+    return result
