@@ -138,6 +138,8 @@ def test_a_true_box_is_found_once_by_the_surest():
     overlaps = np.array([[0.6, 0.7], [0.2, 0.9], [0.55, 0.1], [0.8, 0.8]])
     np.testing.assert_array_equal(matches(overlaps, 0.5), [True, False, True, False])
     np.testing.assert_array_equal(matches(overlaps, 0.65), [True, False, False, True])
+    # Of boxes that overlap alike, COCO gives away the last, which leaves the first to the next detection.
+    np.testing.assert_array_equal(matches(np.array([[0.6, 0.6], [0.7, 0.0]]), 0.5), [True, True])
     assert matches(np.zeros((3, 0)), 0.5).tolist() == [False] * 3
     assert matches(np.zeros((0, 3)), 0.5).shape == (0,)
 
