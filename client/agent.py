@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from mmfm_core.models.model import MultimodalModel, seeded
 from mmfm_core.models.parameters import block_of, fates_of, held, matches
 from mmfm_core.protocol import Describe, Metric, Refusal, RoundReply, RoundRequest, SiteDescription
 from mmfm_core.storage import Tensors
-from mmfm_core.training.evaluation import metrics_of, predict
+from mmfm_core.training.evaluation import metrics_of, predict, subsets
 from mmfm_core.training.steps import train
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Agent:
     def open(cls, directory: Path) -> "Agent":
         """The agent of a site's directory."""
         site = load_site(directory / "site.yaml")
-        return cls(directory, site.name, partial(load_dataset, site))
+        return cls(directory, site.name, partial(load_dataset, site, artifacts=directory / "artifacts"))
 
     def answer(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:
         """Answer, or refuse with a reason; never raise, and never let a value of a record into a reason."""
@@ -88,8 +88,10 @@ class Agent:
         federation = gates.approved(self.directory / "approved", document)  # every time: an approval can be withdrawn
         if document not in self._participations:
             dataset = self._read(federation.model)
-            heads = dataset.everything.targets
-            model = MultimodalModel(federation.model, dataset.everything.inputs, heads, federation.seed)
+            held = dataset.everything
+            model = MultimodalModel(
+                federation.model, held.inputs, held.targets, federation.seed, self.directory / "artifacts"
+            )
             initial = arrays(model)
             self._participations[document] = Participation(
                 federation,
@@ -123,7 +125,7 @@ class Agent:
             after = arrays(p.model)
             if this.returns_tensors:
                 leaving = gates.releasable(after, [n for n in trained if n in shared])
-                weights = block_weights(p.dataset, this, leaving)
+                weights = block_weights(p.federation.model, p.dataset, this, leaving)
                 p.state.save(this.number, {name: after[name] for name in held(p.fates, "local")})
             else:
                 metrics += self._measure(p, "adapted", ("val", "test"))
@@ -142,23 +144,35 @@ class Agent:
         metrics = []
         for split in splits:
             for predictions in predict(p.model, p.dataset, split):
-                metrics += metrics_of(predictions, p.dataset, p.federation, split, state)
+                metrics += metrics_of(predictions, p.federation, split, state)
                 if split == "test":
-                    write_predictions(self.directory, state, predictions, p.dataset)
+                    write_predictions(self.directory, state, predictions)
+            if split == "test":
+                metrics += self._measure_subsets(p, state)
+        return metrics
+
+    def _measure_subsets(self, p: Participation, state: str) -> list[Metric]:
+        asked = [head for head, evaluation in p.federation.evaluation.items() if evaluation.subsets]
+        metrics = []
+        for modalities in subsets(p.dataset.everything.inputs) if asked else ():
+            for predictions in predict(p.model, p.dataset, "test", asked, modalities):
+                measured = metrics_of(predictions, p.federation, "test", state)
+                metrics += [replace(metric, modalities="+".join(modalities)) for metric in measured]
         return metrics
 
 
-def block_weights(dataset: Dataset, this: Round, leaving: Tensors) -> dict[str, float]:
-    """The training studies behind each block that leaves: for an encoder, those that had its modality."""
+def block_weights(model: Model, dataset: Dataset, this: Round, leaving: Tensors) -> dict[str, float]:
+    """The training studies behind each block that leaves: for an encoder, those that had one of its modalities."""
     assert this.stage
     weights: dict[str, float] = {}
     batch = dataset.batch(dataset.rows("train", list(this.stage.tasks)))
     for block in {block_of(name) for name in leaving}:
         kind, _, name = block.partition(".")
         if kind == "encoders":
-            weights[block] = float(batch.present[name].sum())
-        elif kind == "heads":
-            weights[block] = float((batch.targets[name] >= 0).sum())
+            through = [batch.present[m] for m in model.behind(name) if m in batch.present]
+            weights[block] = float(torch.stack(through).any(0).sum())
+        elif kind in ("heads", "objectives"):
+            weights[block] = float(batch.usable[name].sum())
         else:
             weights[block] = float(len(batch))
     return weights

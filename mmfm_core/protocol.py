@@ -31,7 +31,8 @@ class SiteDescription:
     Attributes:
         patients: distinct patients by split.
         modalities: modality -> split -> studies that have it.
-        targets: head -> split -> class -> labelled studies.
+        targets: head -> split -> label -> how many.
+        tasks: head or objective -> split -> studies that can serve it.
         notes: repairs made while reading, as sentences with counts ('3 texts were cut').
     """
 
@@ -40,6 +41,7 @@ class SiteDescription:
     patients: dict[str, int]
     modalities: dict[str, dict[str, int]]
     targets: dict[str, dict[str, dict[str, int]]]
+    tasks: dict[str, dict[str, int]]
     notes: list[str]
 
 
@@ -61,6 +63,7 @@ class Metric:
         value: None where it is undefined (too few patients of a class).
         low, high: 95 % interval by bootstrap over patients, where it was computed.
         n: studies behind the figure.
+        modalities: the only ones used, joined by '+'; all that the site has where empty.
     """
 
     task: str
@@ -71,6 +74,7 @@ class Metric:
     n: int
     low: float | None = None
     high: float | None = None
+    modalities: str = ""
 
 
 @dataclass(frozen=True, config=STRICT)

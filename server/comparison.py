@@ -1,16 +1,17 @@
 """Methods side by side, per site, with paired intervals: only a simulation can see every site's predictions."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from client.app import site_directories
+from mmfm_core.config.part import HeadConfig
+from mmfm_core.metrics.statistic import Statistic, bootstrap
 from mmfm_core.storage import write_json
-from mmfm_core.tasks.ranking import auroc, interval, patient_resamples, undefined
 from server.record import Run
 
 SOURCES = {
@@ -25,7 +26,7 @@ DIFFERENCES = (("adapted", "fedavg"), ("adapted", "local-only"))
 
 Value = dict[str, float | None]
 Table = dict[str, pd.DataFrame]
-Resampled = NDArray[np.float64] | None
+Measured = Statistic | float | None
 
 
 def compare(directory: Path) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def compare(directory: Path) -> dict[str, Any]:
     for task, head in federation.model.heads.items():
         tables = {site: table for site in sites if (table := _predictions(directory, site, task))}
         if tables:
-            tasks.append({"task": task, "metric": "auroc"} | _compare_task(tables, head.classes))
+            metric = federation.metrics_of(task)[0]
+            tasks.append({"task": task, "metric": metric} | _compare_task(tables, head, metric))
     methods = [
         method for method in SOURCES if any(method in site["results"] for task in tasks for site in task["sites"])
     ]
@@ -54,12 +56,13 @@ def _predictions(directory: Path, site: str, task: str) -> Table:
     return {m: pd.read_csv(path, dtype={"study": str, "patient": str}) for m, path in paths.items() if path.is_file()}
 
 
-def _compare_task(tables: Mapping[str, Table], classes: tuple[str, ...]) -> dict[str, Any]:
-    sites = [_compare_site(site, table, classes) for site, table in tables.items()]
+def _compare_task(tables: Mapping[str, Table], head: HeadConfig, metric: str) -> dict[str, Any]:
+    sites = [_compare_site(site, table, head, metric) for site, table in tables.items()]
     methods = [method for method in SOURCES if all(method in table for table in tables.values())]
     everyone = {
         method: pd.concat(
-            [table[method].assign(patient=site + "/" + table[method]["patient"]) for site, table in tables.items()]
+            [table[method].assign(patient=site + "/" + table[method]["patient"]) for site, table in tables.items()],
+            ignore_index=True,
         )
         for method in methods
     }
@@ -68,41 +71,37 @@ def _compare_task(tables: Mapping[str, Table], classes: tuple[str, ...]) -> dict
         "sites": sites,
         "mean_of_sites": {m: float(np.mean(values)) if values else None for m, values in defined.items()},
         "worst_site": {m: min(values) if values else None for m, values in defined.items()},
-        "all_patients": {m: _interval(values) for m, values in _resampled(everyone, classes).items()},
+        "all_patients": {m: _estimate(head.statistic(metric, table), table) for m, table in everyone.items()},
     }
 
 
-def _compare_site(site: str, table: Table, classes: tuple[str, ...]) -> dict[str, Any]:
+def _compare_site(site: str, table: Table, head: HeadConfig, metric: str) -> dict[str, Any]:
     first = next(iter(table.values()))
-    counts = np.bincount(first["target"], minlength=len(classes))
-    resampled = _resampled(table, classes)
+    statistics = {method: head.statistic(metric, predictions) for method, predictions in table.items()}
     return {
         "site": site,
         "studies": len(first),
         "patients": int(first["patient"].nunique()),
-        "classes": {name: int(count) for name, count in zip(classes, counts, strict=True)},
-        "results": {method: _interval(values) for method, values in resampled.items()},
+        "classes": head.counts(first),
+        "results": {method: _estimate(statistic, first) for method, statistic in statistics.items()},
         "differences": {
-            f"{a} - {b}": _interval(_difference(resampled[a], resampled[b]))
+            f"{a} - {b}": _estimate(_difference(statistics[a], statistics[b]), first)
             for a, b in DIFFERENCES
-            if a in resampled and b in resampled
+            if a in statistics and b in statistics
         },
     }
 
 
-def _resampled(table: Table, classes: tuple[str, ...]) -> dict[str, Resampled]:
-    """Each method's AUROC on all studies (first) and on the same bootstrap samples of patients; None if undefined."""
-    first = next(iter(table.values()))
-    if undefined(first["target"].to_numpy(), len(classes)):
-        return dict.fromkeys(table)
-    weights = np.vstack([np.ones(len(first)), patient_resamples(first["patient"].tolist())])
-    columns = [f"p{label}" for label in range(len(classes))]
-    return {m: auroc(t[columns].to_numpy(np.float64), t["target"].to_numpy(), weights) for m, t in table.items()}
+def _difference(a: Measured, b: Measured) -> Measured:
+    if a is None or b is None:
+        return None
+    if callable(a) and callable(b):
+        return lambda weights: a(weights) - b(weights)  # the same patients are drawn for both
+    assert isinstance(a, float) and isinstance(b, float)
+    return a - b
 
 
-def _difference(a: Resampled, b: Resampled) -> Resampled:
-    return None if a is None or b is None else a - b
-
-
-def _interval(values: Resampled) -> Value:
-    return dict(zip(("value", "low", "high"), (None,) * 3 if values is None else interval(values), strict=True))
+def _estimate(statistic: Measured, table: pd.DataFrame) -> Value:
+    figures = bootstrap(statistic, list(table["patient"])) if callable(statistic) else (statistic, None, None)
+    known = (None if figure is None or math.isnan(figure) else figure for figure in figures)
+    return dict(zip(("value", "low", "high"), known, strict=True))

@@ -2,12 +2,14 @@
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 from flwr.serverapp import Grid
 
 from mmfm_core.config.federation import Federation
 from mmfm_core.config.loading import sha256
 from mmfm_core.config.rounds import Round, rounds_of
+from mmfm_core.data.dataset import NO_ARTIFACTS
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import full_model
 from mmfm_core.models.parameters import blocks_of, check_patterns, fates_of, held
@@ -48,7 +50,7 @@ class Coordinator:
     def work(self) -> None:
         """All rounds that are left."""
         rounds = rounds_of(self.federation)
-        initial = initial_state(self.federation)
+        initial = initial_state(self.federation, self.run.directory / "artifacts")
         first = {name: initial[name] for name in held(fates_of(self.federation, initial), "shared")}
         done, shared = self.run.checkpoint() or (0, first)
         self.run.forget_after(done)
@@ -146,17 +148,17 @@ class Coordinator:
                 n=m.n,
                 low=m.low,
                 high=m.high,
+                **({"modalities": m.modalities} if m.modalities else {}),
             )
 
 
-def initial_state(federation: Federation) -> Tensors:
-    """The full model's state from the document's seed.
+def initial_state(federation: Federation, artifacts: Path = NO_ARTIFACTS) -> Tensors:
+    """The full model's state from the document's seed, and the pinned files it starts from.
 
     Raises:
         MmfmError: the parameter policy does not fit the model's names.
     """
-    state = {
-        name: tensor.numpy() for name, tensor in full_model(federation.model, federation.seed).state_dict().items()
-    }
+    model = full_model(federation.model, federation.seed, artifacts)
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     check_patterns(federation, state)
     return state

@@ -2,21 +2,22 @@
 
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mmfm_core.artifacts import collect
 from mmfm_core.config import Federation
 from mmfm_core.config.loading import sha256
-from mmfm_core.config.model import ImageModality, TextModality
+from mmfm_core.config.modality import TableModality, TextModality
 from mmfm_core.config.rounds import rounds_of
 from mmfm_core.config.site import SPLITS
 from mmfm_core.data.dataset import Batch
 from mmfm_core.data.description import describe
 from mmfm_core.data.manifest import read_manifest
-from mmfm_core.data.tokenizer import VOCABULARY
 from mmfm_core.models.model import MultimodalModel, full_model
 from mmfm_core.models.parameters import Block, blocks_of, check_patterns, fates_of, matches
 from mmfm_core.protocol import SiteDescription
@@ -27,6 +28,7 @@ from server.sites import check_sites, one_class_sites
 from server.strategy import Strategy
 
 MB = 1e6
+A_TOKEN = 5  # any id that every tokenizer has and that is no padding
 
 
 def show_plan(federation_file: Path, sites_file: Path, console: Console) -> None:
@@ -37,7 +39,9 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console) -> None
     """
     federation, files = load_documents(federation_file, sites_file)
     with console.status("Reading manifests and building the model"):
-        model = full_model(federation.model, federation.seed)
+        with TemporaryDirectory() as folder:
+            collect(federation.model, federation_file.parent, Path(folder))
+            model = full_model(federation.model, federation.seed, Path(folder))
         state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
         check_patterns(federation, state)
         sites = [
@@ -59,11 +63,11 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console) -> None
 def seconds_per_study(model: MultimodalModel, federation: Federation, studies: int = 16) -> float:
     """Seconds that one study costs in a training step on this machine, with every modality present."""
     batch = _random_batch(federation, studies)
-    heads = list(model.heads)
+    tasks = list(federation.model.tasks)
     best = float("inf")
     for _ in range(3):  # the first step also allocates
         started = time.perf_counter()
-        torch.stack([output.sum() for output in model(batch, heads).values()]).sum().backward()
+        torch.stack([loss.sum() for loss in model.losses(batch, tasks).values()]).sum().backward()
         best = min(best, time.perf_counter() - started)
     return best / studies
 
@@ -71,13 +75,19 @@ def seconds_per_study(model: MultimodalModel, federation: Federation, studies: i
 def _random_batch(federation: Federation, studies: int) -> Batch:
     inputs = {}
     for name, modality in federation.model.modalities.items():
-        if isinstance(modality, ImageModality):
-            inputs[name] = torch.randn(studies, modality.channels, *modality.size)
-        elif isinstance(modality, TextModality):
-            inputs[name] = torch.randint(1, VOCABULARY, (studies, modality.max_length))
-        else:
+        if isinstance(modality, TextModality):
+            inputs[name] = torch.full((studies, modality.max_length), A_TOKEN)
+        elif isinstance(modality, TableModality):
             inputs[name] = torch.zeros(studies, len(modality.features))
-    return Batch(inputs, {name: torch.ones(studies, dtype=torch.bool) for name in inputs}, {})
+        else:
+            inputs[name] = torch.randn(studies, getattr(modality, "channels", 1), *modality.size)
+    unlabelled = {name: head.unlabelled(federation.model) for name, head in federation.model.heads.items()}
+    return Batch(
+        inputs,
+        {name: torch.ones(studies, dtype=torch.bool) for name in inputs},
+        {name: target.expand(studies, *target.shape).clone() for name, target in unlabelled.items()},
+        {name: torch.ones(studies, dtype=torch.bool) for name in federation.model.tasks},
+    )
 
 
 def _table(title: str, *columns: str, words: int) -> Table:

@@ -1,5 +1,6 @@
 """`mmfm simulate`: a whole federation on one machine, each site in a directory as it would have at its hospital."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from mmfm_core.artifacts import artifacts_of, collect
 from mmfm_core.config import Federation, Site, load_federation, load_sites
 from mmfm_core.config.loading import dump, sha256
 from mmfm_core.config.strict import did_you_mean
@@ -123,8 +125,11 @@ def prepare(directory: Path, federation: Federation, sites: Mapping[str, Site], 
         **facts,
     )
     for name, site in sites.items():
-        write_text(directory / "sites" / name / "site.yaml", dump(site))
-        gates.approve(directory / "sites" / name / "approved", federation)
+        folder = directory / "sites" / name
+        write_text(folder / "site.yaml", dump(site))
+        gates.approve(folder / "approved", federation)
+        if artifacts_of(federation.model) and not (folder / "artifacts").is_symlink():
+            (folder / "artifacts").symlink_to(os.path.relpath(directory / "artifacts", folder))
     run.update(status="prepared")
     return run
 
@@ -164,6 +169,7 @@ def _chains(directory: Path, federation: Federation, sites: Mapping[str, Site], 
         for job, document, expected in chain:
             if not request.resume or Run(job.directory).facts.get("status") in (None, "preparing"):
                 prepare(job.directory, document, sites, engine=request.engine, expected_sites=expected)
+                collect(document.model, request.federation.parent, job.directory / "artifacts")
             elif Run(job.directory).facts["status"] != "completed":
                 Run(job.directory).update(status="prepared", cause=None)
         left.append([job for job, _, _ in chain if Run(job.directory).facts["status"] != "completed"])

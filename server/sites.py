@@ -22,14 +22,16 @@ def check_description(site: SiteDescription, federation: Federation) -> None:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", site.site) or site.site == FEDERATION:
         raise MmfmError("its site has no usable name; give 'name' in the site's file letters, digits, '_' and '-'")
     model = federation.model
-    if not (site.modalities.keys() <= model.modalities.keys() and site.targets.keys() <= model.heads.keys()):
+    if not (site.modalities.keys() <= model.modalities.keys() and site.targets.keys() <= model.heads.keys()) or (
+        not site.tasks.keys() <= model.tasks.keys()
+    ):
         raise MmfmError("it describes modalities or targets that the document does not have")
-    by_split = [site.studies, site.patients, *site.modalities.values()]
+    by_split = [site.studies, site.patients, *site.modalities.values(), *site.tasks.values()]
     whole = all(counts.keys() == set(SPLITS) and min(counts.values()) >= 0 for counts in by_split)
     for head, splits in site.targets.items():
-        classes = set(model.heads[head].classes)
+        labels = set(model.heads[head].labels)
         whole &= splits.keys() == set(SPLITS)
-        whole &= all(counts.keys() == classes and min(counts.values()) >= 0 for counts in splits.values())
+        whole &= all(counts.keys() == labels and min(counts.values()) >= 0 for counts in splits.values())
     if not whole:
         raise MmfmError("its description does not count the studies of every split and class")
 
@@ -60,12 +62,12 @@ def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> Non
             raise MmfmError(f"model.modalities.{name}: no site holds it; map it in a site's file, or take it out")
     for index, stage in enumerate(federation.stages):
         for head in stage.tasks:
-            trained = {label for site in sites for label in _trained_classes(site, head)}
-            if not trained:
+            if not any(site.tasks.get(head, {}).get("train") for site in sites):
                 raise MmfmError(
-                    f"stages.{index}.tasks.{head}: no site has a training label for it; map a column under "
-                    "'targets' in a site's file"
+                    f"stages.{index}.tasks.{head}: no site has a training label for it, or its modalities; map "
+                    "a column under 'targets' or 'modalities' in a site's file"
                 )
+            trained = {label for site in sites for label in _trained_classes(federation, site, head)}
             if len(trained) == 1:
                 raise MmfmError(
                     f"stages.{index}.tasks.{head}: every training label of every site is '{trained.pop()}', which "
@@ -77,7 +79,7 @@ def one_class_sites(federation: Federation, sites: Iterable[SiteDescription]) ->
     """Each site whose training labels of a head are all of one class, and a sentence about it."""
     for site in sites:
         for head in federation.model.heads:
-            trained = _trained_classes(site, head)
+            trained = _trained_classes(federation, site, head)
             if len(trained) == 1:
                 sentence = (
                     f"all its training labels of '{head}' are '{trained[0]}': alone it learns nothing from them, and "
@@ -86,5 +88,7 @@ def one_class_sites(federation: Federation, sites: Iterable[SiteDescription]) ->
                 yield site.site, sentence
 
 
-def _trained_classes(site: SiteDescription, head: str) -> list[str]:
+def _trained_classes(federation: Federation, site: SiteDescription, head: str) -> list[str]:
+    if head not in federation.model.heads or not federation.model.heads[head].EXCLUSIVE:
+        return []
     return [label for label, count in site.targets.get(head, {}).get("train", {}).items() if count]

@@ -32,7 +32,7 @@ class Strategy:
 
     def tensors_for(self, site: SiteDescription) -> list[str]:
         """The names of the shared tensors that a site holds."""
-        held = {"fusion", *(f"encoders.{m}" for m in site.modalities), *(f"heads.{h}" for h in site.targets)}
+        held = self.federation.model.held(site.modalities, site.targets).blocks
         return [name for name in self.shared if block_of(name) in held]
 
     def fold(self, reply: RoundReply, site: SiteDescription, this: Round) -> None:
@@ -83,5 +83,5 @@ class Strategy:
 
 
 def training_studies(site: SiteDescription, stage: Stage) -> int:
-    """Labelled training studies of a site for a stage (for several heads: of the best-labelled one)."""
-    return max((sum(site.targets[head]["train"].values()) for head in stage.tasks if head in site.targets), default=0)
+    """Training studies of a site that can serve a stage (of several tasks: the one which most can serve)."""
+    return max((site.tasks[task]["train"] for task in stage.tasks if task in site.tasks), default=0)

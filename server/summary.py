@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mmfm_core.tasks.ranking import MIN_OF_CLASS
+from mmfm_core.metrics.ranking import MIN_OF_CLASS
 from server.report.wording import LABELS
 
 ONE_LINE_COLUMNS = 110

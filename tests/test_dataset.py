@@ -12,12 +12,13 @@ from test_manifest import model, site, table
 from tiny import tiny_federation, write_sites
 
 from mmfm_core.config import Federation
-from mmfm_core.config.model import ImageModality, Model
+from mmfm_core.config.modality import ImageModality
+from mmfm_core.config.model import Model
 from mmfm_core.data.dataset import Dataset, concatenate, load_dataset
 from mmfm_core.data.readers import read_image
-from mmfm_core.data.tokenizer import PAD_ID, tokenize
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel
+from mmfm_core.text.tokenizer import byte_tokenizer
 from mmfm_core.training.steps import train
 
 RNG = np.random.default_rng(0)
@@ -244,11 +245,11 @@ def test_presence_and_labels_follow_the_manifest(tmp_path: Path) -> None:
 
 def test_texts_are_their_bytes_whatever_they_spell() -> None:
     texts = ["", "abc", "Fieber, später", "<pad>a</s>b<unk><extra_id_0>", "x" * 40]
-    ids, cut = tokenize(texts, 30)
+    ids, cut = byte_tokenizer().ids(texts, 30)
     for text, row in zip(texts, ids.tolist(), strict=True):
         expected = [byte + 3 for byte in text.encode()]
         expected = [*expected[:29], 1]
-        assert row == expected + [PAD_ID] * (30 - len(expected))
+        assert row == expected + [byte_tokenizer().pad_id] * (30 - len(expected))
     assert cut == 1
 
 

@@ -37,7 +37,8 @@ def random_batch(present: dict[str, Tensor] | None = None) -> Batch:
     }
     inputs["labs"][1, 0] = torch.nan
     everything = {name: torch.ones(STUDIES, dtype=torch.bool) for name in MODALITIES}
-    return Batch(inputs, everything | (present or {}), {"disease": torch.tensor([0, 1, 1, 0, 1, -1])})
+    disease = torch.tensor([0, 1, 1, 0, 1, -1])
+    return Batch(inputs, everything | (present or {}), {"disease": disease}, {"disease": disease >= 0})
 
 
 def some_absent() -> Batch:
@@ -51,7 +52,7 @@ def some_absent() -> Batch:
 def test_any_subset_of_modalities_is_the_same_whether_masked_or_not_passed(fusion, subset):
     model = full_model(federation_with(fusion).model, seed=0).eval()
     masked = random_batch({name: torch.full((STUDIES,), name in subset) for name in MODALITIES})
-    passed = Batch({name: masked.inputs[name] for name in subset}, {n: masked.present[n] for n in subset}, {})
+    passed = Batch({name: masked.inputs[name] for name in subset}, {n: masked.present[n] for n in subset}, {}, {})
     expected = model(masked, ["disease"])["disease"]
     assert expected.isfinite().all()
     torch.testing.assert_close(model(passed, ["disease"])["disease"], expected, rtol=0, atol=1e-5)
@@ -141,7 +142,12 @@ def test_the_fusion_uses_several_modalities_at_once():
         scan = torch.randn(128, 1, 16, 16) * 0.1 + bits[:, 0, None, None, None]
         labs = torch.stack([bits[:, 1] * 2.0 - 1, torch.full((128,), torch.nan)], 1)
         everyone = torch.ones(128, dtype=torch.bool)
-        batch = Batch({"scan": scan, "labs": labs}, {"scan": everyone, "labs": everyone}, {"disease": bits.sum(1) % 2})
+        batch = Batch(
+            {"scan": scan, "labs": labs},
+            {"scan": everyone, "labs": everyone},
+            {"disease": bits.sum(1) % 2},
+            {"disease": everyone},
+        )
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         for _ in range(150):
             loss = model.losses(batch, ["disease"])["disease"].mean()
@@ -164,11 +170,11 @@ def test_every_part_starts_the_same_wherever_it_is_built():
 
 
 def one(batch: Batch, row: int) -> Batch:
-    inputs, present, targets = (
+    inputs, present, targets, usable = (
         {name: value[row : row + 1] for name, value in part.items()}
-        for part in (batch.inputs, batch.present, batch.targets)
+        for part in (batch.inputs, batch.present, batch.targets, batch.usable)
     )
-    return Batch(inputs, present, targets)
+    return Batch(inputs, present, targets, usable)
 
 
 def test_a_name_that_torch_reserves_is_refused_in_a_sentence():

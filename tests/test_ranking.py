@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 
-from mmfm_core.tasks.classification import measure
-from mmfm_core.tasks.ranking import MIN_OF_CLASS, auroc, interval, patient_resamples, undefined
+from mmfm_core.metrics.multiclass import one_of_several
+from mmfm_core.metrics.ranking import MIN_OF_CLASS, auroc, interval, patient_resamples, undefined
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
@@ -58,15 +58,20 @@ def test_the_interval_is_that_of_drawing_patients_one_by_one():
     assert (low, high) == pytest.approx(np.quantile(by_hand, [0.025, 0.975]), abs=0.02)
 
 
+def value_of(metric: str, probabilities: torch.Tensor, targets: torch.Tensor) -> float | None:
+    found = one_of_several(metric, probabilities.numpy(), targets.numpy())
+    return float(found(np.ones((1, len(targets))))[0]) if callable(found) else found
+
+
 def test_ranking_metrics_are_undefined_below_five_of_a_class():
     few = torch.tensor([0] * 20 + [1] * (MIN_OF_CLASS - 1))
     enough = torch.tensor([0] * 20 + [1] * MIN_OF_CLASS)
     for metric in ("auroc", "auprc"):
         for targets, defined in ((few, False), (enough, True)):
             scores = torch.rand(len(targets), 2, generator=torch.Generator().manual_seed(0)).softmax(1)
-            assert (measure(metric, scores, targets, [str(i) for i in targets]).value is not None) == defined
+            assert (value_of(metric, scores, targets) is not None) == defined
     assert undefined(np.zeros(30, np.int64), 2)
-    assert measure("accuracy", torch.empty(0, 2), torch.empty(0, dtype=torch.long), []).value is None
+    assert value_of("accuracy", torch.empty(0, 2), torch.empty(0, dtype=torch.long)) is None
 
 
 @pytest.mark.parametrize("metric", ["auroc", "auprc", "f1", "accuracy", "ece"])
@@ -74,16 +79,14 @@ def test_ranking_metrics_are_undefined_below_five_of_a_class():
 def test_nothing_is_measured_on_what_is_no_probability(metric, wrong):
     targets = torch.tensor([0, 1] * 10)
     probabilities = torch.rand(20, 2, generator=torch.Generator().manual_seed(0)).softmax(1)
-    patients = [str(i) for i in range(20)]
-    assert measure(metric, probabilities, targets, patients).value is not None
+    assert value_of(metric, probabilities, targets) is not None
     probabilities[7, 1] = wrong
-    measured = measure(metric, probabilities, targets, patients)
-    assert (measured.value, measured.low, measured.high) == (None, None, None)
+    assert value_of(metric, probabilities, targets) is None
 
 
 def test_a_certain_prediction_has_its_place_among_the_bins_of_calibration():
     probabilities = torch.tensor([[0.0, 1.0]] * 3 + [[1.0, 0.0]])
-    value = measure("ece", probabilities, torch.tensor([1, 1, 0, 0]), list("abcd")).value
+    value = value_of("ece", probabilities, torch.tensor([1, 1, 0, 0]))
     assert value == pytest.approx(0.25)  # always certain, right three times out of four
 
 
@@ -92,7 +95,6 @@ def test_point_metrics_equal_scikit_learn(classes):
     generator = torch.Generator().manual_seed(classes)
     targets = torch.randint(0, classes, (80,), generator=generator)
     probabilities = torch.randn(80, classes, generator=generator).softmax(1).double()
-    patients = [str(i) for i in range(80)]
     chosen, one_hot = probabilities.argmax(1).numpy(), np.eye(classes)[targets]
     precision = (
         average_precision_score(targets, probabilities[:, 1])
@@ -112,4 +114,4 @@ def test_point_metrics_equal_scikit_learn(classes):
         "ece": error,
     }
     for metric, value in expected.items():
-        assert measure(metric, probabilities, targets, patients).value == pytest.approx(value, abs=1e-5), metric
+        assert value_of(metric, probabilities, targets) == pytest.approx(value, abs=1e-5), metric

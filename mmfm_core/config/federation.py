@@ -19,7 +19,7 @@ class AdamW(Strict):
 
 
 class Task(Strict):
-    """How a stage trains one head."""
+    """How a stage trains one head or objective."""
 
     weight: PositiveFloat = 1.0
 
@@ -61,13 +61,16 @@ class Aggregation(Strict):
     deadline: PositiveFloat = 1800.0
 
 
-MetricName = Literal["auroc", "auprc", "f1", "accuracy", "ece"]
-
-
 class Evaluation(Strict):
-    """What each site measures on its own patients; the first metric leads in reports."""
+    """What each site measures on its own patients.
 
-    metrics: tuple[MetricName, ...] = Field(default=("auroc", "auprc", "f1", "ece"), min_length=1)
+    Attributes:
+        metrics: the first one leads in reports, and comes with intervals; all that the head has where none is named.
+        subsets: whether the test patients are measured with every subset of their modalities too.
+    """
+
+    metrics: tuple[str, ...] = ()
+    subsets: bool = False
 
 
 class Federation(Strict):
@@ -86,9 +89,10 @@ class Federation(Strict):
         names = [stage.name for stage in self.stages]
         for index, stage in enumerate(self.stages):
             for task in stage.tasks:
-                if task not in self.model.heads:
+                if task not in self.model.tasks:
                     raise ValueError(
-                        f"stages.{index}.tasks.{task}: there is no such head; {did_you_mean(task, self.model.heads)}"
+                        f"stages.{index}.tasks.{task}: there is no such head or objective; "
+                        f"{did_you_mean(task, self.model.tasks)}"
                     )
             if names.count(stage.name) > 1:
                 raise ValueError(f"stages.{index}.name: '{stage.name}' is used twice")
@@ -97,11 +101,23 @@ class Federation(Strict):
                     f"stages.{index}: a federated stage cannot follow one that adapts at the sites; "
                     "what a site adapted is never sent"
                 )
-        for head in self.evaluation:
+        for head, evaluation in self.evaluation.items():
             if head not in self.model.heads:
                 raise ValueError(f"evaluation.{head}: there is no such head; {did_you_mean(head, self.model.heads)}")
+            known = self.model.heads[head].METRICS
+            for metric in evaluation.metrics:
+                if metric not in known:
+                    raise ValueError(
+                        f"evaluation.{head}.metrics: {self.model.heads[head].type} is not measured by '{metric}'; "
+                        f"{did_you_mean(metric, known)}"
+                    )
+            if evaluation.metrics[:1] and evaluation.metrics[0] in self.model.heads[head].LOWER_IS_BETTER:
+                raise ValueError(
+                    f"evaluation.{head}.metrics: the first metric leads, and of '{evaluation.metrics[0]}' less is "
+                    "better; name another one first"
+                )
         return self
 
-    def evaluation_of(self, head: str) -> Evaluation:
-        """The evaluation the document gives for `head`, or the default one."""
-        return self.evaluation.get(head, Evaluation())
+    def metrics_of(self, head: str) -> tuple[str, ...]:
+        """What `head` is measured by; the first one leads."""
+        return self.evaluation.get(head, Evaluation()).metrics or self.model.heads[head].METRICS

@@ -1,151 +1,27 @@
-"""The `model` part of the document: modalities, encoders, fusion, heads. Closed registries of names, no import paths.
+"""The `model` part of the document: modalities, encoders, fusion, heads and objectives, and how they fit together."""
 
-The document that a server sends to a hospital must not be able to name code: every `type` and `kind` is a literal.
-"""
-
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, StringConstraints, model_validator
 
-from mmfm_core.config.strict import Choices, Name, Strict, did_you_mean
-
-
-class Normalization(Strict):
-    """Declared statistics: a public quantity, the same at every site."""
-
-    mean: float
-    std: float = Field(gt=0)
+from mmfm_core.config.modality import Modality
+from mmfm_core.config.part import EncoderConfig, FusionConfig, HeadConfig, ObjectiveConfig, TaskConfig, chosen_from
+from mmfm_core.config.strict import Name, Strict, did_you_mean
+from mmfm_core.registry import ENCODERS, FUSIONS, HEADS, OBJECTIVES
 
 
-# In a union that is told apart by hand only the errors of the kind that was meant are reported.
-Normalize = Annotated[
-    Annotated[Literal["site"], Tag("site")] | Annotated[Normalization, Tag("declared")],
-    Discriminator(lambda value: "site" if isinstance(value, str) else "declared"),
-]
+class Artifact(Strict):
+    """A file or folder that comes with the document (a vocabulary, a checkpoint), pinned by its hash.
 
+    Attributes:
+        path: where it lies, relative to the document; only whoever starts a run reads it there.
+        sha256: what every site checks its own copy against (`mmfm hash PATH`).
+    """
 
-class ImageModality(Strict):
-    """A 2D image, read as float in [0, 1], resized to `size` (height, width), then normalised."""
-
-    kind: Literal["image2d"]
-    channels: Literal[1, 3] = 1
-    size: tuple[PositiveInt, PositiveInt]
-    optional: bool = False
-    normalize: Normalize = "site"
-
-
-class TextModality(Strict):
-    """Free text, cut after `max_length` tokens."""
-
-    kind: Literal["text"]
-    max_length: int = Field(default=128, ge=2)
-    optional: bool = False
-
-
-class NumericFeature(Strict):
-    """A number. Without a declared `mean` and `std`, each site uses those of its own training studies."""
-
-    normalize: Normalize = "site"
-
-
-class CategoricalFeature(Strict):
-    """One of a few named categories."""
-
-    categories: Choices
-
-
-def _kind_of_feature(value: Any) -> str:
-    if isinstance(value, dict):
-        return "numeric" if not value or "normalize" in value else "categorical"
-    return "numeric" if isinstance(value, NumericFeature) else "categorical"
-
-
-Feature = Annotated[
-    Annotated[NumericFeature, Tag("numeric")] | Annotated[CategoricalFeature, Tag("categorical")],
-    Discriminator(_kind_of_feature),
-]
-
-
-class TableModality(Strict):
-    """A few columns of a record. A list of names is short for numeric features normalised at each site."""
-
-    kind: Literal["tabular"]
-    features: dict[Name, Feature] = Field(min_length=1)
-    optional: bool = False
-
-    @field_validator("features", mode="before")
-    @classmethod
-    def _list_is_short(cls, value: Any) -> Any:
-        if isinstance(value, list) and all(isinstance(name, str) for name in value):
-            value = dict.fromkeys(value)
-        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
-
-
-Modality = Annotated[ImageModality | TextModality | TableModality, Field(discriminator="kind")]
-
-
-class VisionTransformer(Strict):
-    """A timm vision transformer (Dosovitskiy et al. 2021)."""
-
-    type: Literal["vit"]
-    patch_size: PositiveInt = 8
-    depth: PositiveInt = 4
-    heads: PositiveInt = 3
-
-
-class Bert(Strict):
-    """A transformers BERT (Devlin et al. 2019), from random weights."""
-
-    type: Literal["bert"]
-    depth: PositiveInt = 4
-    heads: PositiveInt = 3
-
-
-class FeatureTokens(Strict):
-    """One token per feature (FT-Transformer, Gorishniy et al. 2021)."""
-
-    type: Literal["feature_tokens"]
-
-
-Encoder = Annotated[VisionTransformer | Bert | FeatureTokens, Field(discriminator="type")]
-
-ENCODERS_OF_KIND = {"image2d": ("vit",), "text": ("bert",), "tabular": ("feature_tokens",)}
-
-
-class JointFusion(Strict):
-    """Input-level fusion: the tokens of all modalities through one transformer."""
-
-    type: Literal["joint"]
-    depth: PositiveInt = 2
-    heads: PositiveInt = 3
-    modality_dropout: float = Field(default=0.0, ge=0, lt=1)
-
-
-class ConcatFusion(Strict):
-    """Latent fusion: the modalities' embeddings side by side through an MLP."""
-
-    type: Literal["concat"]
-    modality_dropout: float = Field(default=0.0, ge=0, lt=1)
-
-
-class GatedFusion(Strict):
-    """Latent fusion: a softmax gate over the modalities that are present."""
-
-    type: Literal["gated"]
-    modality_dropout: float = Field(default=0.0, ge=0, lt=1)
-
-
-Fusion = Annotated[JointFusion | ConcatFusion | GatedFusion, Field(discriminator="type")]
-
-
-class ClassificationHead(Strict):
-    """One class out of several. The site maps one of its columns to the head's name under `targets`."""
-
-    type: Literal["classification"]
-    classes: Choices
-
-
-Head = Annotated[ClassificationHead, Field(discriminator="type")]
+    path: str
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
 class ByteTokenizer(Strict):
@@ -154,39 +30,100 @@ class ByteTokenizer(Strict):
     type: Literal["bytes"] = "bytes"
 
 
+class WordPieceTokenizer(Strict):
+    """Pieces of words from a public vocabulary: BERT's `vocab.txt`, or a `tokenizer.json`."""
+
+    type: Literal["wordpiece"]
+    vocabulary: Artifact
+
+
+def _short(value: Any) -> Any:
+    return {"type": "shared"} | value if isinstance(value, dict) and "share_with" in value else value
+
+
+Encoder = Annotated[SerializeAsAny[EncoderConfig], BeforeValidator(chosen_from(ENCODERS)), BeforeValidator(_short)]
+Fusion = Annotated[SerializeAsAny[FusionConfig], BeforeValidator(chosen_from(FUSIONS))]
+Head = Annotated[SerializeAsAny[HeadConfig], BeforeValidator(chosen_from(HEADS))]
+Objective = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(chosen_from(OBJECTIVES))]
+
+
+@dataclass(frozen=True)
+class Held:
+    """The parts of a model that a site has."""
+
+    encoders: tuple[str, ...]
+    heads: tuple[str, ...]
+    objectives: tuple[str, ...]
+
+    @property
+    def blocks(self) -> set[str]:
+        """The same as blocks of the state dict, with the fusion, which every site has."""
+        kinds = {"encoders": self.encoders, "heads": self.heads, "objectives": self.objectives}
+        return {"fusion", *(f"{kind}.{name}" for kind, names in kinds.items() for name in names)}
+
+
 class Model(Strict):
-    """Encoders, one fusion and the heads, all of one width `dim`."""
+    """Encoders, one fusion, and the heads and objectives, all of one width `dim`."""
 
     dim: PositiveInt = 192
-    tokenizer: ByteTokenizer = ByteTokenizer()
+    tokenizer: Annotated[ByteTokenizer | WordPieceTokenizer, Field(discriminator="type")] = ByteTokenizer()
     modalities: dict[Name, Modality] = Field(min_length=1)
     encoders: dict[Name, Encoder]
     fusion: Fusion
-    heads: dict[Name, Head] = Field(min_length=1)
+    heads: dict[Name, Head] = {}
+    objectives: dict[Name, Objective] = {}
+
+    @property
+    def tasks(self) -> dict[str, TaskConfig]:
+        """Heads and objectives: what a stage can train."""
+        return {**self.heads, **self.objectives}
+
+    def behind(self, encoder: str) -> tuple[str, ...]:
+        """The modalities that pass through an encoder's weights: its own, and those of encoders that share it."""
+        sharing = [name for name, e in self.encoders.items() if getattr(e, "share_with", None) == encoder]
+        return tuple(m for name in (encoder, *sharing) for m in self.encoders[name].inputs(name))
+
+    def held(self, modalities: Collection[str], targets: Collection[str]) -> Held:
+        """What a site builds that has these modalities, and targets for these heads."""
+        able = [name for name, e in self.encoders.items() if set(e.inputs(name)) & set(modalities)]
+        return Held(
+            tuple(name for name in self.encoders if set(self.behind(name)) & set(modalities)),
+            tuple(name for name, head in self.heads.items() if head.held(able, name in targets)),
+            tuple(name for name, task in self.objectives.items() if set(task.sees(self)) & set(able)),
+        )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Model":
         for name, encoder in self.encoders.items():
-            if name not in self.modalities:
-                raise ValueError(f"encoders.{name}: there is no such modality; {did_you_mean(name, self.modalities)}")
-            kind = self.modalities[name].kind
-            if encoder.type not in ENCODERS_OF_KIND[kind]:
-                fitting = ", ".join(ENCODERS_OF_KIND[kind])
-                raise ValueError(f"encoders.{name}.type: '{encoder.type}' does not read {kind}; use {fitting}")
-        for name, modality in self.modalities.items():
-            if name not in self.encoders:
-                fitting = ENCODERS_OF_KIND[modality.kind][0]
-                raise ValueError(f"modalities.{name}: has no encoder; add 'encoders: {{{name}: {{type: {fitting}}}}}'")
-            encoder = self.encoders[name]
-            if isinstance(modality, ImageModality) and isinstance(encoder, VisionTransformer):
-                for side in modality.size:
-                    if side % encoder.patch_size:
-                        raise ValueError(
-                            f"modalities.{name}.size: {side} is not a multiple of the encoder's "
-                            f"patch_size {encoder.patch_size}"
-                        )
-        for where, part in [(f"encoders.{n}", e) for n, e in self.encoders.items()] + [("fusion", self.fusion)]:
-            heads = getattr(part, "heads", 1)
-            if self.dim % heads:
-                raise ValueError(f"{where}.heads: {heads} does not divide dim {self.dim}")
+            for modality in encoder.inputs(name):
+                if modality not in self.modalities:
+                    hint = did_you_mean(modality, self.modalities)
+                    raise ValueError(f"encoders.{name}: there is no modality '{modality}'; {hint}")
+                if self.modalities[modality].kind not in encoder.READS:
+                    kind = self.modalities[modality].kind
+                    raise ValueError(f"encoders.{name}.type: '{encoder.type}' does not read {kind}")
+            _say_where(f"encoders.{name}", encoder.check, self, name)
+        read = {modality for name, encoder in self.encoders.items() for modality in encoder.inputs(name)}
+        for modality in self.modalities:
+            if modality not in read:
+                raise ValueError(f"modalities.{modality}: has no encoder; add one under 'encoders'")
+        _say_where("fusion", self.fusion.check, self)
+        if not self.tasks:
+            raise ValueError("heads: name at least one head, or an objective under 'objectives'")
+        for task, described in self.tasks.items():
+            place = f"heads.{task}" if task in self.heads else f"objectives.{task}"
+            if task in self.heads and task in self.objectives:
+                raise ValueError(f"objectives.{task}: a head has this name too; give it another")
+            for seen in described.encoders:
+                if seen not in self.encoders:
+                    hint = did_you_mean(seen, self.encoders)
+                    raise ValueError(f"{place}.encoders: there is no encoder '{seen}'; {hint}")
+            _say_where(place, described.check, self)
         return self
+
+
+def _say_where(place: str, check: Any, *arguments: Any) -> None:
+    try:
+        check(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{place}.{error}") from error

@@ -33,6 +33,12 @@ class Table(Strict):
     features: dict[Name, ColumnOrName] = Field(min_length=1)
 
 
+class Columns(Strict):
+    """Several columns behind one target: one per finding, or one per image of a pair."""
+
+    columns: dict[Name, ColumnOrName] = Field(min_length=1)
+
+
 class SplitColumn(Strict):
     """The manifest says which split a study belongs to; the lists name its words for each."""
 
@@ -72,7 +78,10 @@ def _kind_of_split(value: Any) -> str:
 
 
 def _kind_of_mapping(value: Any) -> str:
-    return "Table" if isinstance(value, Table) or (isinstance(value, dict) and "features" in value) else "Column"
+    for kind, key in ((Table, "features"), (Columns, "columns")):
+        if isinstance(value, kind) or (isinstance(value, dict) and key in value):
+            return kind.__name__
+    return "Column"
 
 
 # In a union that is told apart by hand only the errors of the kind that was meant are reported.
@@ -82,7 +91,7 @@ Splitting = Annotated[
     BeforeValidator(_short),
 ]
 Mapping = Annotated[
-    Annotated[Column, Tag("Column")] | Annotated[Table, Tag("Table")],
+    Annotated[Column, Tag("Column")] | Annotated[Table, Tag("Table")] | Annotated[Columns, Tag("Columns")],
     Discriminator(_kind_of_mapping),
     BeforeValidator(_short),
 ]
@@ -98,7 +107,7 @@ class Site(Strict):
     site: str | None = None
     split: Splitting = SplitColumn()
     modalities: dict[Name, Mapping] = Field(min_length=1)
-    targets: dict[Name, ColumnOrName] = {}
+    targets: dict[Name, Mapping] = {}
     missing: tuple[Cell, ...] = ()  # in addition to `mmfm_core.config.strict.MISSING_CELLS`
     missing_files: Literal["error", "absent"] = "error"
 

@@ -4,29 +4,32 @@ Where a modality is absent its row holds a neutral filler that no result may dep
 the row out would give each encoder its own batch size, and per-patient gradients would lose their patient.)
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmfm_core.config.model import (
+from mmfm_core.config.modality import (
     CategoricalFeature,
     ImageModality,
     Modality,
-    Model,
     Normalization,
     TableModality,
     TextModality,
+    VolumeModality,
 )
+from mmfm_core.config.model import Model
 from mmfm_core.config.site import Site, Split
 from mmfm_core.data.manifest import Study, read_manifest
-from mmfm_core.data.readers import read_image
-from mmfm_core.data.tokenizer import tokenize
+from mmfm_core.data.readers import read_image, read_volume
 from mmfm_core.errors import MmfmError
+from mmfm_core.text import Tokenizer, open_tokenizer
 
-UNLABELLED = -1
+NO_ARTIFACTS = Path("artifacts")
+NOT = torch.tensor(False)
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,33 @@ class Batch:
     """What a model sees.
 
     Attributes:
-        inputs: modality -> image [B, C, H, W] float, token ids [B, L] int, or features [B, F] float (NaN = missing).
+        inputs: modality -> image [B, C, H, W] or volume [B, 1, X, Y, Z] float, token ids [B, L] int, or features [B, F]
+            float (NaN = missing).
         present: modality -> [B] bool.
-        targets: head -> [B] int class, -1 where unlabelled.
+        targets: head -> [B, ...], of the shape and type that `HeadConfig.unlabelled` has.
+        usable: head or objective -> [B] bool, the studies that can serve it.
+        features: encoder -> what its frozen trunk made of the inputs, where that was kept.
     """
 
     inputs: dict[str, Tensor]
     present: dict[str, Tensor]
     targets: dict[str, Tensor]
+    usable: dict[str, Tensor]
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
+
+    def rows(self, rows: Sequence[int]) -> "Batch":
+        """The studies `rows`, in that order."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        parts = (getattr(self, part.name) for part in fields(self))
+        return Batch(*({name: tensor[index] for name, tensor in part.items()} for part in parts))
+
+    def only(self, modalities: Collection[str]) -> "Batch":
+        """The same studies with no other modality than these."""
+        present = {name: here & (name in modalities) for name, here in self.present.items()}
+        return replace(self, present=present)
 
 
 @dataclass(frozen=True)
@@ -65,30 +84,25 @@ class Dataset:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The studies `rows`, in that order."""
-        index = torch.as_tensor(rows, dtype=torch.long)
-        return Batch(
-            *(
-                {k: v[index] for k, v in part.items()}
-                for part in (self.everything.inputs, self.everything.present, self.everything.targets)
-            )
-        )
+        return self.everything.rows(rows)
 
-    def rows(self, split: Split, heads: Sequence[str]) -> list[int]:
-        """The studies of a split that have a label for at least one of `heads`."""
-        labelled = torch.zeros(len(self), dtype=torch.bool)
-        for head in heads:
-            if head in self.everything.targets:
-                labelled |= self.everything.targets[head] != UNLABELLED
-        return [row for row, study in enumerate(self.studies) if study.split == split and labelled[row]]
+    def rows(self, split: Split, tasks: Sequence[str]) -> list[int]:
+        """The studies of a split that can serve at least one of `tasks`."""
+        usable = torch.zeros(len(self), dtype=torch.bool)
+        for task in tasks:
+            if task in self.everything.usable:
+                usable |= self.everything.usable[task]
+        return [row for row, study in enumerate(self.studies) if study.split == split and usable[row]]
 
 
-def load_dataset(site: Site, model: Model) -> Dataset:
-    """Read a site's manifest and files.
+def load_dataset(site: Site, model: Model, artifacts: Path = NO_ARTIFACTS) -> Dataset:
+    """Read a site's manifest and files; `artifacts` is the folder of pinned files, by their hash.
 
     Raises:
-        MmfmError: see `read_manifest` and `read_image`.
+        MmfmError: see `read_manifest`, `read_image`, `read_volume`, and the heads' `decode`.
     """
     studies = read_manifest(site, model)
+    tokenizer = open_tokenizer(model.tokenizer, artifacts)
     training = torch.tensor([study.split == "train" for study in studies])
     inputs, present, notes = {}, {}, []
     for name, modality in model.modalities.items():
@@ -98,77 +112,107 @@ def load_dataset(site: Site, model: Model) -> Dataset:
         if not here.any():
             continue
         fit = here & training if (here & training).any() else here
-        if isinstance(modality, ImageModality):
-            inputs[name] = _images(site, studies, name, modality, fit)
-        elif isinstance(modality, TextModality):
-            inputs[name], cut = _texts(studies, name, modality)
+        if isinstance(modality, TextModality):
+            inputs[name], cut = tokenizer.ids([str(s.inputs.get(name, "")) for s in studies], modality.max_length)
             if cut:
                 notes.append(
                     f"{cut} of {int(here.sum())} texts of '{name}' are longer than {modality.max_length} tokens "
                     "and were cut"
                 )
-        else:
+        elif isinstance(modality, TableModality):
             inputs[name] = _features(studies, name, modality, fit)
+        else:
+            inputs[name] = _images(site, studies, name, modality, fit)
         present[name] = here
-    targets = {
-        head: torch.tensor([study.targets.get(head, UNLABELLED) for study in studies])
-        for head in model.heads
-        if any(head in study.targets for study in studies)
+    targets, labelled = {}, {}
+    for name in model.heads:
+        if any(name in study.targets for study in studies):
+            targets[name] = _targets(site, studies, name, model, tokenizer)
+            labelled[name] = torch.tensor([name in study.targets for study in studies])
+    return Dataset(Batch(inputs, present, targets, usable(model, present, labelled)), studies, notes)
+
+
+def usable(model: Model, present: Mapping[str, Tensor], labelled: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The studies ([N] bool) that can serve each head and objective that a site has."""
+    nobody = torch.zeros(len(next(iter(present.values()))), dtype=torch.bool)
+    read = {
+        name: torch.stack([present.get(modality, nobody) for modality in encoder.inputs(name)]).any(0)
+        for name, encoder in model.encoders.items()
     }
-    return Dataset(Batch(inputs, present, targets), studies, notes)
+    held = model.held(present, labelled)
+    heads = {name: model.heads[name].usable(model, read, labelled.get(name, nobody)) for name in held.heads}
+    return heads | {name: model.objectives[name].usable(model, read) for name in held.objectives}
 
 
-def concatenate(datasets: Sequence[Dataset], model: Model) -> Dataset:
+def concatenate(datasets: Sequence[Dataset], model: Model, artifacts: Path = NO_ARTIFACTS) -> Dataset:
     """The studies of several sites as one, each normalised as its own site does: the pooled bound in a simulation."""
+    tokenizer = open_tokenizer(model.tokenizer, artifacts)
 
-    def join(part: str, fillers: Mapping[str, Tensor | int]) -> dict[str, Tensor]:
+    def join(part: str, fillers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         columns = {}
         for name, filler in fillers.items():
             parts = [getattr(d.everything, part).get(name) for d in datasets]
             like = next((p for p in parts if p is not None), None)
             if like is not None:
-                row = torch.as_tensor(filler, dtype=like.dtype).expand(like.shape[1:])
-                columns[name] = torch.cat(
-                    [
-                        p if p is not None else row.expand(len(d), *row.shape)
-                        for p, d in zip(parts, datasets, strict=True)
-                    ]
-                )
+                row = filler.to(like.dtype).expand(like.shape[1:])
+                filled = [
+                    row.expand(len(d), *row.shape) if p is None else p for p, d in zip(parts, datasets, strict=True)
+                ]
+                columns[name] = torch.cat(filled)
         return columns
 
-    absent = {name: _absent(modality) for name, modality in model.modalities.items()}
+    absent = {name: _absent(modality, tokenizer) for name, modality in model.modalities.items()}
     everything = Batch(
         join("inputs", absent),
-        join("present", dict.fromkeys(absent, 0)),
-        join("targets", dict.fromkeys(model.heads, UNLABELLED)),
+        join("present", dict.fromkeys(absent, NOT)),
+        join("targets", {name: head.unlabelled(model) for name, head in model.heads.items()}),
+        join("usable", dict.fromkeys(model.tasks, NOT)),
     )
     # Two hospitals may use the same number for different people.
     studies = [replace(s, patient=f"{index}/{s.patient}") for index, d in enumerate(datasets) for s in d.studies]
     return Dataset(everything, studies, [note for d in datasets for note in d.notes])
 
 
-def _images(site: Site, studies: list[Study], name: str, modality: ImageModality, fit: Tensor) -> Tensor:
-    images = torch.zeros(len(studies), modality.channels, *modality.size)
+def _targets(site: Site, studies: list[Study], name: str, model: Model, tokenizer: Tokenizer) -> Tensor:
+    head = model.heads[name]
+    targets = head.unlabelled(model).repeat(len(studies), *[1] * head.unlabelled(model).ndim)
+    for row, study in enumerate(studies):
+        if name in study.targets:
+            try:
+                targets[row] = head.decode(name, study, model, tokenizer)
+            except MmfmError as error:
+                raise MmfmError(f"{site.manifest}, row {study.row}: the target of '{name}' {error}") from error
+    return targets
+
+
+def _images(
+    site: Site, studies: list[Study], name: str, modality: ImageModality | VolumeModality, fit: Tensor
+) -> Tensor:
+    channels = modality.channels if isinstance(modality, ImageModality) else 1
+    images = torch.zeros(len(studies), channels, *modality.size)
     for row, study in enumerate(studies):
         if name in study.inputs:
+            path = study.inputs[name]
+            assert isinstance(path, Path)
             try:
-                images[row] = torch.from_numpy(read_image(study.inputs[name], modality))  # type: ignore[arg-type]
+                pixels = (
+                    read_image(path, modality) if isinstance(modality, ImageModality) else read_volume(path, modality)
+                )
             except MmfmError as error:
                 raise MmfmError(f"{site.manifest}, row {study.row}: the image of '{name}' {error}") from error
-    if modality.normalize == "site":
+            images[row] = torch.from_numpy(pixels)
+    if modality.normalize == "study":
+        each = images.flatten(1)
+        mean, std = (t.reshape(-1, *[1] * (images.ndim - 1)) for t in (each.mean(1), each.std(1)))
+    elif modality.normalize == "site":
         mean, std = images[fit].mean(), images[fit].std()
     else:
         mean, std = torch.tensor(modality.normalize.mean), torch.tensor(modality.normalize.std)
     return (images - mean) / std.clamp(min=1e-6)
 
 
-def _absent(modality: Modality) -> Tensor | int:
-    return tokenize([""], modality.max_length)[0][0] if isinstance(modality, TextModality) else 0
-
-
-def _texts(studies: list[Study], name: str, modality: TextModality) -> tuple[Tensor, int]:
-    texts = [str(study.inputs.get(name, "")) for study in studies]
-    return tokenize(texts, modality.max_length)
+def _absent(modality: Modality, tokenizer: Tokenizer) -> Tensor:
+    return tokenizer.ids([""], modality.max_length)[0][0] if isinstance(modality, TextModality) else torch.tensor(0)
 
 
 def _features(studies: list[Study], name: str, modality: TableModality, fit: Tensor) -> Tensor:

@@ -4,18 +4,17 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmfm_core.config import site as sites
-from mmfm_core.config.model import CategoricalFeature, ClassificationHead, Model, TableModality, TextModality
+from mmfm_core.config.modality import CategoricalFeature, TableModality, TextModality
+from mmfm_core.config.model import Model
 from mmfm_core.config.site import SPLITS, Column, Site, Split, SplitFractions
 from mmfm_core.config.strict import did_you_mean
-from mmfm_core.data.table import Table, as_number
+from mmfm_core.data.table import Table
 from mmfm_core.errors import MmfmError
 
 Value = Path | str | list[float]
-
-LARGEST = 1e30
-"""Beyond this a number is a slip of the pen, and soon too large for the 32 bits that a model computes with."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,9 @@ class Study:
 
     Attributes:
         row: line of the manifest, for messages.
-        inputs: the modalities that are present: a path for an image, text, or a table's numbers with NaN for missing
-            (a category is its index).
-        targets: head -> class index; heads without a label are left out.
+        inputs: the modalities that are present: a path for an image or volume, text, or a table's numbers with NaN for
+            missing (a category is its index).
+        targets: head -> the label as `HeadConfig.read` gives it; heads without one are left out.
     """
 
     row: int
@@ -34,7 +33,7 @@ class Study:
     patient: str
     split: Split
     inputs: dict[str, Value]
-    targets: dict[str, int]
+    targets: dict[str, Any]
 
 
 def read_manifest(site: Site, model: Model) -> list[Study]:
@@ -47,7 +46,11 @@ def read_manifest(site: Site, model: Model) -> list[Study]:
     table = Table(site)
     splits = _splits(table, site)
     inputs = {name: _inputs(table, site, model, name) for name in site.modalities if name in model.modalities}
-    targets = {name: _targets(table, site, head, name) for name, head in model.heads.items() if name in site.targets}
+    targets = {
+        name: head.read(table, site.targets[name], f"targets.{name}")
+        for name, head in model.heads.items()
+        if name in site.targets
+    }
     required = [name for name, modality in model.modalities.items() if not modality.optional]
     studies = []
     for index in range(len(table)):
@@ -111,31 +114,7 @@ def _inputs(
     if isinstance(mapping, sites.Table) and isinstance(modality, TableModality):
         return _rows(table, mapping, modality, field)
     assert isinstance(mapping, Column)
-    cells = table.cells(mapping, field)
-    return cells if isinstance(modality, TextModality) else _paths(table, site, mapping, cells)
-
-
-def _paths(table: Table, site: Site, column: Column, cells: list[str | None]) -> list[Path | None]:
-    paths: list[Path | None] = []
-    for index, cell in enumerate(cells):
-        path = site.manifest.parent / cell if cell is not None else None
-        if path is not None and not _is_file(path):
-            if site.missing_files == "error":
-                raise table.error(
-                    index,
-                    f"column '{column.column}': the file does not exist; restore it, or set "
-                    "'missing_files: absent' in the site's file",
-                )
-            path = None
-        paths.append(path)
-    return paths
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # too long for a file's name: the column of another modality
-        return False
+    return table.cells(mapping, field) if isinstance(modality, TextModality) else table.paths(mapping, field)
 
 
 def _rows(table: Table, mapping: sites.Table, modality: TableModality, field: str) -> list[list[float] | None]:
@@ -156,33 +135,6 @@ def _rows(table: Table, mapping: sites.Table, modality: TableModality, field: st
 
 
 def _numbers(table: Table, column: Column, spec: object, field: str) -> list[float]:
-    numbers = []
-    for index, cell in enumerate(table.cells(column, field)):
-        if cell is None:
-            numbers.append(math.nan)
-        elif isinstance(spec, CategoricalFeature):
-            numbers.append(float(_choice(table, index, column, cell, spec.categories)))
-        else:
-            number = as_number(cell)
-            if number is None or abs(number) > LARGEST:
-                raise table.error(
-                    index, f"column '{column.column}' is not a number; mend it, or list it under 'missing'"
-                )
-            numbers.append(number)
-    return numbers
-
-
-def _targets(table: Table, site: Site, head: ClassificationHead, name: str) -> list[int | None]:
-    column = site.targets[name]
-    cells = table.cells(column, f"targets.{name}")
-    return [None if c is None else _choice(table, index, column, c, head.classes) for index, c in enumerate(cells)]
-
-
-def _choice(table: Table, index: int, column: Column, cell: str, choices: tuple[str, ...]) -> int:
-    if cell not in choices:
-        raise table.error(
-            index,
-            f"column '{column.column}' is none of {', '.join(choices)}; rename its values under "
-            "'values', or list them under 'missing'",
-        )
-    return choices.index(cell)
+    if isinstance(spec, CategoricalFeature):
+        return [math.nan if index is None else float(index) for index in table.choices(column, field, spec.categories)]
+    return table.numbers(column, field)

@@ -17,6 +17,9 @@ from mmfm_core.config.site import Column, Site
 from mmfm_core.config.strict import MISSING_CELLS, plain
 from mmfm_core.errors import MmfmError
 
+LARGEST = 1e30
+"""Beyond this a number is a slip of the pen, and soon too large for the 32 bits that a model computes with."""
+
 
 class Table:
     """The rows of a manifest that belong to one site.
@@ -77,6 +80,47 @@ class Table:
 
         return [read(cell) for cell in self._column(self._frame, column.column, field)]
 
+    def choices(self, column: Column, field: str, choices: tuple[str, ...]) -> list[int | None]:
+        """The index among `choices` of each cell; None is missing."""
+        return [self._choice(i, column, cell, choices) for i, cell in enumerate(self.cells(column, field))]
+
+    def _choice(self, index: int, column: Column, cell: str | None, choices: tuple[str, ...]) -> int | None:
+        if cell is not None and cell not in choices:
+            raise self.error(
+                index,
+                f"column '{column.column}' is none of {', '.join(choices)}; rename its values under "
+                "'values', or list them under 'missing'",
+            )
+        return None if cell is None else choices.index(cell)
+
+    def numbers(self, column: Column, field: str) -> list[float]:
+        """The number in each cell; NaN is missing."""
+        numbers = []
+        for index, cell in enumerate(self.cells(column, field)):
+            number = math.nan if cell is None else as_number(cell)
+            if number is None or abs(number) > LARGEST:
+                raise self.error(
+                    index, f"column '{column.column}' is not a number; mend it, or list it under 'missing'"
+                )
+            numbers.append(number)
+        return numbers
+
+    def paths(self, column: Column, field: str) -> list[Path | None]:
+        """The file, folder or member of an archive that each cell names, relative to the manifest; None is missing."""
+        paths: list[Path | None] = []
+        for index, cell in enumerate(self.cells(column, field)):
+            path = self.site.manifest.parent / cell if cell is not None else None
+            if path is not None and not _exists(path):
+                if self.site.missing_files == "error":
+                    raise self.error(
+                        index,
+                        f"column '{column.column}': the file does not exist; restore it, or set "
+                        "'missing_files: absent' in the site's file",
+                    )
+                path = None
+            paths.append(path)
+        return paths
+
     def _column(self, frame: pd.DataFrame, name: str, field: str) -> "pd.Series[str]":
         if name not in frame.columns:
             close = get_close_matches(name, map(str, frame.columns), n=1)
@@ -93,6 +137,15 @@ class Table:
         if None in cells:
             raise self.error(cells.index(None), f"column '{name}' ({field}) is empty; every study needs one")
         return [str(cell) for cell in cells]
+
+
+def _exists(path: Path) -> bool:
+    # 'scans.npz:images[3]' is a member of an archive.
+    archive, _, member = str(path).rpartition(".npz:")
+    try:
+        return Path(archive + ".npz").is_file() if archive and member else path.exists()
+    except OSError:  # too long for a file's name: the column of another modality
+        return False
 
 
 def read_frame(path: Path) -> pd.DataFrame:

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmfm_core.metrics.ranking import Floats, auroc, undefined
 from mmfm_core.metrics.statistic import Statistic, macro
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (torchmetrics imports torchvision)
-from mmfm_core.tasks.ranking import Floats, auroc, undefined
 
 from torchmetrics.functional.classification import (  # isort: skip
     binary_average_precision,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmfm_core.metrics.overlap import dice
-from mmfm_core.tasks.ranking import Floats
+from mmfm_core.metrics.ranking import Floats
 
 
 def jacobian_determinant(displacement: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mmfm_core.metrics.ranking import Floats
 from mmfm_core.metrics.statistic import Statistic, macro, quotient
-from mmfm_core.tasks.ranking import Floats
 
 AP50 = (0.5,)
 COCO = tuple(np.linspace(0.5, 0.95, 10).tolist())

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfm_core.metrics.ranking import Floats
 from mmfm_core.metrics.statistic import Statistic, macro, mean_of
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (monai imports torchvision)
-from mmfm_core.tasks.ranking import Floats
 
 from monai.metrics import compute_dice, compute_hausdorff_distance  # isort: skip
 

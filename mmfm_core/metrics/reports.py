@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mmfm_core.metrics.ranking import Floats
 from mmfm_core.metrics.statistic import Statistic, macro, quotient, ratio_of
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (torchmetrics imports torchvision)
-from mmfm_core.tasks.ranking import Floats
 
 from torchmetrics.functional.text import rouge_score  # isort: skip
 from torchmetrics.text import BLEUScore  # isort: skip

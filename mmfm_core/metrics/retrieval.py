@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from mmfm_core.metrics.ranking import Floats
 from mmfm_core.metrics.statistic import Statistic, mean_of
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (torchmetrics imports torchvision)
-from mmfm_core.tasks.ranking import Floats
 
 from torchmetrics.functional import pairwise_cosine_similarity  # isort: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmfm_core.tasks.ranking import RESAMPLES, Floats, interval, patient_resamples
+from mmfm_core.metrics.ranking import RESAMPLES, Floats, interval, patient_resamples
 
 Statistic = Callable[[Floats], Floats]
 """From study weights [R, N], non-negative, to values [R]: NaN where undefined at a row's weights."""

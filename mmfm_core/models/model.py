@@ -1,66 +1,94 @@
-"""The model: encoders, fusion, heads. The prefixes of its state dict are the federation's vocabulary."""
+"""The model: encoders, fusion, heads, objectives. The prefixes of its state dict are the federation's vocabulary."""
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mmfm_core.config.model import Model as ModelConfig
-from mmfm_core.data.dataset import Batch
+from mmfm_core.data.dataset import NO_ARTIFACTS, Batch
 from mmfm_core.errors import MmfmError
-from mmfm_core.models.encoders import build_encoder
-from mmfm_core.models.fusion import build_fusion
-from mmfm_core.models.heads import ClassificationHead, build_head
+from mmfm_core.models.encoders.shared import SharedEncoder
+from mmfm_core.models.fusion.base import Fusion
+from mmfm_core.models.tasks import Encoding, Head, Objective
 
 
 class MultimodalModel(nn.Module):
-    """A site builds the encoders of the modalities it holds and the heads it has targets for.
+    """A site builds the encoders of the modalities it holds, and the heads and objectives that it can train.
 
     Every part is initialised from its own seed, so that it starts the same wherever it is built.
+
+    Attributes:
+        inputs_of: encoder -> the modalities that it reads here. An encoder that is only lent to others has none.
     """
 
-    def __init__(self, config: ModelConfig, modalities: Collection[str], heads: Collection[str], seed: int) -> None:
+    fusion: Fusion
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        modalities: Collection[str],
+        targets: Collection[str],
+        seed: int,
+        artifacts: Path = NO_ARTIFACTS,
+    ) -> None:
+        """Build what a site has that holds `modalities`, and targets for the heads `targets`.
+
+        `artifacts` is the folder of pinned files, by their hash (`mmfm_core.artifacts`).
+        """
         super().__init__()
-        self.encoders, self.heads = nn.ModuleDict(), nn.ModuleDict()
-        for name in config.modalities:
-            if name in modalities:
-                with seeded(seed, "encoders", name):
-                    _add(self.encoders, name, build_encoder(config, name))
+        held = config.held(modalities, targets)
+        self.inputs_of = {name: config.encoders[name].inputs(name) for name in held.encoders}
+        self.encoders = built(
+            "encoders", seed, {n: partial(config.encoders[n].build, config, n, artifacts) for n in held.encoders}
+        )
+        for encoder in self.encoders.values():
+            if isinstance(encoder, SharedEncoder):
+                encoder.borrow(self.encoders)
         with seeded(seed, "fusion"):
-            self.fusion = build_fusion(config)
-        for name in config.heads:
-            if name in heads:
-                with seeded(seed, "heads", name):
-                    _add(self.heads, name, build_head(config, name))
+            self.fusion = config.fusion.build(config)
+        self.heads = built("heads", seed, {n: partial(config.heads[n].build, config, n, artifacts) for n in held.heads})
+        self.objectives = built(
+            "objectives", seed, {n: partial(config.objectives[n].build, config, n, artifacts) for n in held.objectives}
+        )
 
-    def forward(self, batch: Batch, heads: Collection[str]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, heads: Collection[str]) -> dict[str, object]:
         """Outputs of `heads`; what a study's absent modalities hold has no influence."""
-        parts = {
-            name: encoder(batch.inputs[name]).only(batch.present[name])
-            for name, encoder in self.encoders.items()
-            if name in batch.inputs
-        }
-        fused = self.fusion(parts)
-        return {name: self.heads[name](fused) for name in heads}
+        encoding = Encoding(self, batch)
+        return {name: self.heads[name](encoding) for name in heads}
 
-    def losses(self, batch: Batch, heads: Collection[str]) -> dict[str, Tensor]:
-        """The loss of each study for each head, [B]; zero where it has no label."""
-        outputs = self(batch, heads)
+    def losses(self, batch: Batch, tasks: Collection[str]) -> dict[str, Tensor]:
+        """The loss of each study for each head or objective, [B]; zero where it cannot serve it."""
+        encoding = Encoding(self, batch)
         losses = {}
-        for name in heads:
-            head = self.heads[name]
-            assert isinstance(head, ClassificationHead)
-            losses[name] = head.loss(outputs[name], batch.targets[name])
+        for name in tasks:
+            if name in self.heads:
+                head = self.heads[name]
+                assert isinstance(head, Head)
+                loss = head.loss(head(encoding), batch)
+            else:
+                objective = self.objectives[name]
+                assert isinstance(objective, Objective)
+                loss = objective(encoding)
+            losses[name] = torch.where(batch.usable[name], loss, 0.0)
         return losses
 
 
-def _add(parts: nn.ModuleDict, name: str, part: nn.Module) -> None:
-    try:
-        parts[name] = part
-    except KeyError as error:
-        raise MmfmError(f"model: '{name}' is a word that torch keeps for itself; choose another name") from error
+def built(kind: str, seed: int, parts: Mapping[str, Callable[[], nn.Module]]) -> nn.ModuleDict:
+    """The parts of one kind, each from a seed of its own."""
+    modules = nn.ModuleDict()
+    for name, build in parts.items():
+        with seeded(seed, kind, name):
+            part = build()
+        try:
+            modules[name] = part
+        except KeyError as error:
+            raise MmfmError(f"model: '{name}' is a word that torch keeps for itself; choose another name") from error
+    return modules
 
 
 @contextmanager
@@ -72,6 +100,6 @@ def seeded(*parts: object) -> Iterator[None]:
         yield
 
 
-def full_model(config: ModelConfig, seed: int) -> MultimodalModel:
+def full_model(config: ModelConfig, seed: int, artifacts: Path = NO_ARTIFACTS) -> MultimodalModel:
     """The model with every modality and head, as the coordinator starts from."""
-    return MultimodalModel(config, config.modalities, config.heads, seed)
+    return MultimodalModel(config, config.modalities, config.heads, seed, artifacts)

@@ -1,67 +1,94 @@
 """Evaluation of a model on a site's own patients."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain, combinations
 
+import pandas as pd
 import torch
-from torch import Tensor
 
 from mmfm_core.config.federation import Federation
+from mmfm_core.config.part import HeadConfig
 from mmfm_core.config.site import Split
 from mmfm_core.data.dataset import Dataset
+from mmfm_core.metrics.statistic import bootstrap
 from mmfm_core.models.model import MultimodalModel
+from mmfm_core.models.tasks import Encoding, Head
 from mmfm_core.protocol import Metric
-from mmfm_core.tasks.classification import measure
 
-BATCH = 128
+BATCH = 64
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """One head's outputs on one split.
+    """One head's outputs on one split, and the targets they are to be measured by.
 
     Attributes:
-        rows: the studies' rows in the dataset.
-        probabilities: [N, classes].
-        targets: [N].
+        table: a row per study: 'study', 'patient', and the head's own columns.
     """
 
     head: str
-    rows: list[int]
-    probabilities: Tensor
-    targets: Tensor
+    table: pd.DataFrame
 
 
-def predict(model: MultimodalModel, dataset: Dataset, split: Split) -> Iterator[Predictions]:
-    """The predictions of every head on the labelled studies of a split; heads without any are left out."""
+def predict(
+    model: MultimodalModel,
+    dataset: Dataset,
+    split: Split,
+    heads: Collection[str] | None = None,
+    modalities: Collection[str] | None = None,
+) -> Iterator[Predictions]:
+    """The predictions of heads on the studies of a split that they can be judged on; a head without any is left out.
+
+    With `modalities`, as if the studies had no other; those that have none of them are left out.
+    """
     model.eval()
-    for head in model.heads:
-        rows = dataset.rows(split, [head])
+    for name, head in model.heads.items():
+        assert isinstance(head, Head)
+        rows = [] if heads is not None and name not in heads else dataset.rows(split, [name])
+        if modalities is not None:
+            here = torch.stack([dataset.everything.present[m] for m in modalities]).any(0)
+            rows = [row for row in rows if here[row]]
         if not rows:
             continue
+        columns: dict[str, list[object]] = {
+            "study": [dataset.studies[row].study for row in rows],
+            "patient": [dataset.studies[row].patient for row in rows],
+        }
         with torch.inference_mode():
-            logits = [model(dataset.batch(rows[i : i + BATCH]), [head])[head] for i in range(0, len(rows), BATCH)]
-        yield Predictions(head, rows, torch.cat(logits).softmax(-1), dataset.batch(rows).targets[head])
+            for start in range(0, len(rows), BATCH):
+                batch = dataset.batch(rows[start : start + BATCH])
+                batch = batch if modalities is None else batch.only(modalities)
+                for column, values in head.predict(Encoding(model, batch)).items():
+                    columns.setdefault(column, []).extend(values)
+        yield Predictions(name, pd.DataFrame(columns))
 
 
-def metrics_of(
-    predictions: Predictions, dataset: Dataset, federation: Federation, split: Split, state: str
-) -> list[Metric]:
+def metrics_of(predictions: Predictions, federation: Federation, split: Split, state: str) -> list[Metric]:
     """The document's metrics of some predictions; `state` is 'shared' or 'adapted'."""
-    patients = [dataset.studies[row].patient for row in predictions.rows]
-    found = []
-    for name in federation.evaluation_of(predictions.head).metrics:
-        m = measure(name, predictions.probabilities, predictions.targets, patients)
-        found.append(
-            Metric(
-                task=predictions.head,
-                model=state,
-                split=split,
-                metric=name,
-                value=m.value,
-                n=len(predictions.rows),
-                low=m.low,
-                high=m.high,
-            )
-        )
-    return found
+    head, table = federation.model.heads[predictions.head], predictions.table
+    return [
+        Metric(predictions.head, state, split, metric, value, len(table), low, high)
+        for metric in federation.metrics_of(predictions.head)
+        for value, low, high in [measure(head, metric, table)]
+    ]
+
+
+def measure(head: HeadConfig, metric: str, table: pd.DataFrame) -> tuple[float | None, float | None, float | None]:
+    """A metric's value (None where undefined) and its 95 % interval over patients (None where there is none)."""
+    statistic = head.statistic(metric, table)
+    if not callable(statistic):
+        return statistic, None, None
+    value, low, high = bootstrap(statistic, list(table["patient"]))
+    return _known(value), _known(low), _known(high)
+
+
+def _known(figure: float) -> float | None:
+    return None if math.isnan(figure) else figure
+
+
+def subsets(modalities: Collection[str]) -> list[tuple[str, ...]]:
+    """Every subset but the empty and the whole one."""
+    names = tuple(modalities)
+    return list(chain.from_iterable(combinations(names, n) for n in range(1, len(names))))

@@ -13,16 +13,18 @@ from mmfm_core.models.model import MultimodalModel
 def train(model: MultimodalModel, dataset: Dataset, stage: Stage, trainable: Collection[str]) -> float:
     """Train the parameters named in `trainable` for the stage's local steps, and return the mean loss.
 
-    Every head's loss is reduced within a study before the mean over the batch, so that no patient's gradient depends on
+    Every loss is reduced within a study before the mean over the batch, so that no patient's gradient depends on
     another's. Randomness comes from torch's global generator: seed it first (`mmfm_core.models.model.seeded`).
 
     Raises:
         MmfmError: the site has no training study with a label, or the loss is not finite.
     """
-    tasks = {name: task for name, task in stage.tasks.items() if name in model.heads}
+    tasks = {name: task for name, task in stage.tasks.items() if name in model.heads or name in model.objectives}
     rows = dataset.rows("train", list(tasks))
     if not rows:
-        raise MmfmError(f"no training study has a label for {', '.join(stage.tasks)}; map one under 'targets'")
+        raise MmfmError(
+            f"no training study has a label or modality for {', '.join(stage.tasks)}; map it in the site's file"
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

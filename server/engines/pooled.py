@@ -28,7 +28,10 @@ def simulate(run_directory: Path) -> None:
     run = Run.open(run_directory)
     folders = site_directories(run_directory / "sites")
     gates.approve(run_directory / "pooled" / "approved", run.federation)
-    simulate_with(run_directory, [Agent(run_directory / "pooled", "pooled", partial(_read_all, folders))])
+    simulate_with(
+        run_directory,
+        [Agent(run_directory / "pooled", "pooled", partial(_read_all, folders, run_directory / "artifacts"))],
+    )
     run.update(status="measuring")  # or a run that is killed now would never be measured
     checkpoint = run.checkpoint()
     assert checkpoint is not None
@@ -49,6 +52,6 @@ def _measure(agent: Agent, run: Run, strategy: Strategy) -> None:
         raise MmfmError(f"site '{agent.name}' could not measure the pooled model: {reply}")
 
 
-def _read_all(folders: Sequence[Path], model: Model) -> Dataset:
+def _read_all(folders: Sequence[Path], artifacts: Path, model: Model) -> Dataset:
     sites = [load_site(folder / "site.yaml") for folder in folders]
-    return concatenate([load_dataset(site, model) for site in sites], model)
+    return concatenate([load_dataset(site, model, artifacts) for site in sites], model, artifacts)

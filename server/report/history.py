@@ -64,9 +64,10 @@ def curves_of(federation: Federation, lines: Sequence[Line]) -> list[Curves]:
             curves.setdefault(line["site"], Curves(line["site"])).loss.setdefault(line["stage"], []).append(point)
         elif (
             line.get("split") == "val"
+            and not line.get("modalities")
             and line.get("model") == "shared"
             and task in federation.model.heads
-            and line["metric"] == federation.evaluation_of(task).metrics[0]
+            and line["metric"] == federation.metrics_of(task)[0]
         ):
             curves.setdefault(line["site"], Curves(line["site"])).validation.setdefault(task, []).append(point)
     return list(curves.values())
@@ -110,27 +111,28 @@ def holdings_of(federation: Federation, sites: Mapping[str, Any]) -> list[Holdin
 
 
 def balance_of(federation: Federation, sites: Mapping[str, Any]) -> dict[str, dict[str, dict[str, int]]]:
-    """Head -> site -> class -> labelled studies over all splits."""
+    """Head -> site -> label -> labelled studies over all splits."""
     balance: dict[str, dict[str, dict[str, int]]] = {}
     for head, spec in federation.model.heads.items():
         by_site = balance.setdefault(head, {})
         for site, facts in sites.items():
             splits = facts["targets"].get(head, {}).values()
-            by_site[site] = {name: sum(split.get(name, 0) for split in splits) for name in spec.classes}
+            by_site[site] = {name: sum(split.get(name, 0) for split in splits) for name in spec.labels}
     return balance
 
 
-def holders_of(block: str, sites: Mapping[str, Any]) -> list[str]:
+def holders_of(block: str, federation: Federation, sites: Mapping[str, Any]) -> list[str]:
     """The sites that build a block of the model, by what they hold."""
-    kind, _, name = block.partition(".")
-    part = {"encoders": "modalities", "heads": "targets"}.get(kind)
-    return [site for site, facts in sites.items() if part is None or name in facts[part]]
+    held = federation.model.held
+    return [site for site, facts in sites.items() if block in held(facts["modalities"], facts["targets"]).blocks]
 
 
-def shared_bytes(blocks: Iterable[Mapping[str, Any]], sites: Mapping[str, Any]) -> dict[str, int]:
+def shared_bytes(
+    blocks: Iterable[Mapping[str, Any]], federation: Federation, sites: Mapping[str, Any]
+) -> dict[str, int]:
     """Site -> bytes of the shared blocks it holds: the most that leaves it in one round."""
     held = dict.fromkeys(sites, 0)
     for block in blocks:
-        for site in holders_of(block["block"], sites) if block["fate"] == "shared" else ():
+        for site in holders_of(block["block"], federation, sites) if block["fate"] == "shared" else ():
             held[site] += block["bytes"]
     return held

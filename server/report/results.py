@@ -9,7 +9,7 @@ from typing import Any
 
 from mmfm_core.config import Federation
 from mmfm_core.errors import MmfmError
-from mmfm_core.tasks.ranking import MIN_OF_CLASS
+from mmfm_core.metrics.ranking import MIN_OF_CLASS
 
 Line = Mapping[str, Any]
 
@@ -141,13 +141,17 @@ def _from_metrics(federation: Federation, sites: Mapping[str, Any], lines: Itera
         tested = list(dict.fromkeys(site for head, site, _ in last if head == task))
         if tested:
             rows = [_site_from_metrics(task, site, sites.get(site, {}), last) for site in tested]
-            tasks.append(_summarised(task, federation.evaluation_of(task).metrics[0], rows))
+            tasks.append(_summarised(task, federation.metrics_of(task)[0], rows))
     return tasks
 
 
 def _leads(line: Line, federation: Federation) -> bool:
     task = line.get("task")
-    return task in federation.model.heads and line["metric"] == federation.evaluation_of(task).metrics[0]
+    return (
+        task in federation.model.heads
+        and not line.get("modalities")
+        and line["metric"] == federation.metrics_of(task)[0]
+    )
 
 
 def _site_from_metrics(

@@ -1,13 +1,15 @@
-"""Metrics of classification, with intervals by bootstrap over patients."""
+"""Metrics of classification into one class out of several."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from mmfm_core.metrics.ranking import Floats, auroc, undefined
+from mmfm_core.metrics.statistic import Statistic
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (torchmetrics imports torchvision)
-from mmfm_core.tasks.ranking import auroc, interval, patient_resamples, undefined
 
 from torchmetrics.functional.classification import (  # isort: skip
     binary_average_precision,
@@ -19,29 +21,19 @@ from torchmetrics.functional.classification import (  # isort: skip
 )
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A metric's value (None where undefined) and its 95 % interval (None where it was not computed)."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-
-def measure(metric: str, probabilities: Tensor, targets: Tensor, patients: Sequence[str]) -> Measurement:
+def one_of_several(metric: str, probabilities: Floats, targets: NDArray[np.int64]) -> Statistic | float | None:
     """One metric of `probabilities` [N, classes] against `targets` [N].
 
     With two classes the second is the positive one; with more, classes are averaged with equal weight. Nothing is
-    defined on no study, or where a model gives no finite probabilities.
+    defined on no study, or where a model gives no finite probabilities; ranking needs a few studies of every class.
     """
-    if not len(targets) or not probabilities.isfinite().all():
-        return Measurement(None)
-    if metric in ("auroc", "auprc") and undefined(targets.numpy(), probabilities.shape[1]):
-        return Measurement(None)
+    if not len(targets) or not np.isfinite(probabilities).all():
+        return None
+    if metric in ("auroc", "auprc") and undefined(targets, probabilities.shape[1]):
+        return None
     if metric == "auroc":
-        weights = np.vstack([np.ones(len(targets)), patient_resamples(patients)])
-        return Measurement(*interval(auroc(probabilities.double().numpy(), targets.numpy(), weights)))
-    return Measurement(float(_POINT[metric](probabilities, targets)))
+        return lambda weights: auroc(probabilities, targets, weights)
+    return float(_POINT[metric](torch.from_numpy(probabilities).float(), torch.from_numpy(targets)))
 
 
 def _average_precision(probabilities: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,117 @@
+"""Modalities: what a study may hold, and how it is brought to one form at every site."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, field_validator, model_validator
+
+from mmfm_core.config.strict import Choices, Name, Strict
+
+
+class Normalization(Strict):
+    """Declared statistics: a public quantity, the same at every site."""
+
+    mean: float
+    std: float = Field(gt=0)
+
+
+# In a union that is told apart by hand only the errors of the kind that was meant are reported.
+Normalize = Annotated[
+    Annotated[Literal["site", "study"], Tag("named")] | Annotated[Normalization, Tag("declared")],
+    Discriminator(lambda value: "named" if isinstance(value, str) else "declared"),
+]
+"""'site': by the site's own training studies; 'study': each by itself (usual for MRI, which has no unit); declared."""
+
+
+class _Pixels(Strict):
+    """What images and volumes have in common.
+
+    Attributes:
+        window: physical values (Hounsfield units, say) that become 0 and 1; what lies outside is clipped.
+    """
+
+    window: tuple[float, float] | None = None
+    optional: bool = False
+    normalize: Normalize = "site"
+
+    @model_validator(mode="after")
+    def _window_is_open(self) -> "_Pixels":
+        if self.window is not None and self.window[0] >= self.window[1]:
+            raise ValueError("window: must be [low, high] with low below high")
+        return self
+
+
+class ImageModality(_Pixels):
+    """A 2D image, resized to `size` (height, width), then normalised. PNG and JPEG are read as 0 to 1."""
+
+    kind: Literal["image2d"]
+    channels: Literal[1, 3] = 1
+    size: tuple[PositiveInt, PositiveInt]
+
+
+class VolumeModality(_Pixels):
+    """A 3D volume, turned to RAS+ orientation and brought to `size` voxels along x, y, z.
+
+    Attributes:
+        spacing: voxel size in mm to resample to before cropping or padding to `size`; without it the whole volume is
+            resized.
+        assume_oriented: read a NIfTI that does not say how it is oriented as RAS+, instead of refusing it.
+    """
+
+    kind: Literal["volume3d"]
+    size: tuple[PositiveInt, PositiveInt, PositiveInt]
+    spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    assume_oriented: bool = False
+
+
+class TextModality(Strict):
+    """Free text, cut after `max_length` tokens."""
+
+    kind: Literal["text"]
+    max_length: int = Field(default=128, ge=2)
+    optional: bool = False
+
+
+class NumericFeature(Strict):
+    """A number. Without a declared `mean` and `std`, each site uses those of its own training studies."""
+
+    normalize: Annotated[
+        Annotated[Literal["site"], Tag("site")] | Annotated[Normalization, Tag("declared")],
+        Discriminator(lambda value: "site" if isinstance(value, str) else "declared"),
+    ] = "site"
+
+
+class CategoricalFeature(Strict):
+    """One of a few named categories."""
+
+    categories: Choices
+
+
+def _kind_of_feature(value: Any) -> str:
+    if isinstance(value, dict):
+        return "numeric" if not value or "normalize" in value else "categorical"
+    return "numeric" if isinstance(value, NumericFeature) else "categorical"
+
+
+Feature = Annotated[
+    Annotated[NumericFeature, Tag("numeric")] | Annotated[CategoricalFeature, Tag("categorical")],
+    Discriminator(_kind_of_feature),
+]
+
+
+class TableModality(Strict):
+    """A few columns of a record. A list of names is short for numeric features normalised at each site."""
+
+    kind: Literal["tabular"]
+    features: dict[Name, Feature] = Field(min_length=1)
+    optional: bool = False
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _list_is_short(cls, value: Any) -> Any:
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            value = dict.fromkeys(value)
+        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+PixelModality = ImageModality | VolumeModality
+Modality = Annotated[ImageModality | VolumeModality | TextModality | TableModality, Field(discriminator="kind")]

@@ -1,0 +1,24 @@
+"""The parts that a document may name: each `type` and the class that describes it. Closed, so a document names no code.
+
+A new encoder, fusion, head or objective is one new file and one line here.
+"""
+
+ENCODERS = {
+    "vit": "mmfm_core.models.encoders.vit:VisionTransformer",
+    "bert": "mmfm_core.models.encoders.bert:Bert",
+    "feature_tokens": "mmfm_core.models.encoders.feature_tokens:FeatureTokens",
+    "shared": "mmfm_core.models.encoders.shared:Shared",
+}
+
+FUSIONS = {
+    "channels": "mmfm_core.models.fusion.channels:Channels",
+    "joint": "mmfm_core.models.fusion.joint:Joint",
+    "concat": "mmfm_core.models.fusion.concat:Concat",
+    "gated": "mmfm_core.models.fusion.gated:Gated",
+}
+
+HEADS = {
+    "classification": "mmfm_core.models.heads.classification:Classification",
+}
+
+OBJECTIVES: dict[str, str] = {}

@@ -1,1 +1,0 @@
-"""What each task is judged by."""
