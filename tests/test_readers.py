@@ -189,7 +189,7 @@ def test_slope_and_intercept_give_physical_values_and_the_window_maps_them(tmp_p
 def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     dataset = slice_of(PIXELS, BitsAllocated=32)
     del dataset.PixelData
-    for values in (PIXELS / 7, np.where(PIXELS == PIXELS[0, 0], np.nan, PIXELS)):
+    for values in (PIXELS / 7, np.where(PIXELS > 2000, np.nan, PIXELS)):
         dataset.FloatPixelData = values.astype("<f4").tobytes()
         dataset.save_as(tmp_path / "PATIENT.dcm")
         if np.isfinite(values).all():
@@ -204,6 +204,7 @@ def test_what_libraries_say_of_a_header_reaches_nobody(tmp_path: Path, caplog: p
     dataset.save_as(tmp_path / "a.dcm")
     with pytest.warns(UserWarning, match="excess"):
         _ = dataset.pixel_array
+    caplog.clear()
     np.testing.assert_array_equal(read_image_file(tmp_path / "a.dcm", (6, 5))[0], PIXELS)
     path = nifti(tmp_path / "a.nii", VOXELS)
     overwrite(path, 80, np.array([-1], "<f4"))  # pixdim[1]: nibabel reports its repair

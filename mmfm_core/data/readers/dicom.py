@@ -1,5 +1,6 @@
 """Pixels of one DICOM file."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from pydicom.uid import UID, SegmentationStorage
 
 from mmfm_core.data.readers.refusals import check_size, reading
 from mmfm_core.errors import MmfmError
+
+# Beside its warnings pydicom logs them, with the header's values.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 
 def open_dicom(path: Path) -> FileDataset:
