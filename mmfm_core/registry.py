@@ -15,10 +15,14 @@ FUSIONS = {
     "joint": "mmfm_core.models.fusion.joint:Joint",
     "concat": "mmfm_core.models.fusion.concat:Concat",
     "gated": "mmfm_core.models.fusion.gated:Gated",
+    "cross_attention": "mmfm_core.models.fusion.cross_attention:AnchoredAttention",
+    "bottleneck": "mmfm_core.models.fusion.bottleneck:Bottleneck",
 }
 
 HEADS = {
     "classification": "mmfm_core.models.heads.classification:Classification",
+    "findings": "mmfm_core.models.heads.findings:Findings",
+    "segmentation": "mmfm_core.models.heads.segmentation:Segmentation",
 }
 
 OBJECTIVES: dict[str, str] = {}

@@ -14,7 +14,13 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel, full_model
 from mmfm_core.models.tokens import Tokens
 
-FUSIONS = ({"type": "gated"}, {"type": "concat"}, {"type": "joint", "depth": 1})
+FUSIONS: tuple[dict[str, object], ...] = (
+    {"type": "gated"},
+    {"type": "concat"},
+    {"type": "joint", "depth": 1},
+    {"type": "cross_attention", "anchor": "note", "depth": 2},
+    {"type": "bottleneck", "latents": 3, "depth": 2},
+)
 STUDIES = 6
 MODALITIES = ("scan", "note", "labs")
 SUBSETS = list(chain.from_iterable(combinations(MODALITIES, n) for n in (1, 2, 3)))
