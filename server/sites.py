@@ -64,8 +64,8 @@ def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> Non
         for head in stage.tasks:
             if not any(site.tasks.get(head, {}).get("train") for site in sites):
                 raise MmfmError(
-                    f"stages.{index}.tasks.{head}: no site has a training label for it, or its modalities; map "
-                    "a column under 'targets' or 'modalities' in a site's file"
+                    f"stages.{index}.tasks.{head}: no site has a training label for it; map a column under "
+                    "'targets' (or its modalities) in a site's file"
                 )
             trained = {label for site in sites for label in _trained_classes(federation, site, head)}
             if len(trained) == 1:

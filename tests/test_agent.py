@@ -418,7 +418,7 @@ def test_a_site_with_one_class_trains_and_leaves_its_auroc_undefined(tmp_path: P
     assert reply.loss > 0
     assert reply.tensors
     values = {metric.metric: metric.value for metric in reply.metrics}
-    assert values.keys() == {"auroc", "auprc", "f1", "ece"}
+    assert values.keys() == {"auroc", "auprc", "f1", "ece", "accuracy"}
     assert (values["auroc"], values["auprc"]) == (None, None)
     assert values["ece"] is not None
 

@@ -13,9 +13,10 @@ from tiny import MODALITIES, tiny_federation, write_sites
 
 from mmfm_core.config import Federation, Site
 from mmfm_core.data.dataset import load_dataset
+from mmfm_core.metrics.ranking import patient_resamples
+from mmfm_core.metrics.statistic import bootstrap
 from mmfm_core.models.model import full_model
 from mmfm_core.storage import read_tensors
-from mmfm_core.tasks.ranking import patient_resamples
 from mmfm_core.training.evaluation import predict
 from server import baselines, comparison
 from server.comparison import compare
@@ -76,7 +77,7 @@ def test_a_site_alone_sends_nothing_and_starts_from_the_same_model(sites: dict[s
     for name, site in sites.items():
         (untrained,) = predict(initial, load_dataset(site, federation.model), "test")
         written = pd.read_csv(run.directory / "sites" / name / "predictions" / "disease-shared.csv")
-        np.testing.assert_allclose(written[["p0", "p1"]], untrained.probabilities, atol=1e-6)
+        np.testing.assert_allclose(written[["p0", "p1"]], untrained.table[["p0", "p1"]], atol=1e-6)
         trained = pd.read_csv(run.directory / "sites" / name / "predictions" / "disease-adapted.csv")
         assert np.abs(written["p1"] - trained["p1"]).max() > 1e-3
         states = [read_tensors(path) for path in run.directory.glob(f"sites/{name}/state/*/round-00002.safetensors")]
@@ -199,7 +200,7 @@ def test_differences_are_paired_over_the_same_resamples_of_patients(
     classes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resamples = partial(patient_resamples, resamples=100)  # scikit-learn takes one at a time
-    monkeypatch.setattr(comparison, "patient_resamples", resamples)
+    monkeypatch.setattr(comparison, "bootstrap", partial(bootstrap, resamples=100))
     rng = np.random.default_rng(1)
     targets = [*range(len(classes))] * 6 + rng.integers(0, len(classes), 18).tolist()
     tables = write_results(tmp_path, classes, {"north": targets})["north"]

@@ -106,7 +106,13 @@ class Site:
         counts = {"train": self.studies, "val": 4, "test": 4}
         labels = {split: {"healthy": n // 2, "ill": n - n // 2} for split, n in counts.items()}
         return SiteDescription(
-            self.name, counts, counts, dict.fromkeys(self.modalities, counts), {"disease": labels}, []
+            self.name,
+            counts,
+            counts,
+            dict.fromkeys(self.modalities, counts),
+            {"disease": labels},
+            {"disease": counts},
+            [],
         )
 
 

@@ -57,7 +57,7 @@ def reads(found: str, said: str) -> bool:
             {"mean": 0, "st": 1},
             "model.modalities.scan.normalize: unknown key 'st'; did you mean 'std'?",
         ),
-        ("model.modalities.scan.normalize", "sight", "model.modalities.scan.normalize: must be 'site'"),
+        ("model.modalities.scan.normalize", "sight", "model.modalities.scan.normalize: must be 'site' or 'study'"),
         ("model.modalities.scan.normalize", {"mean": 0, "std": 0}, "…normalize.std: must be greater than 0"),
         ("model.modalities.scan.normalize", {"mean": math.nan, "std": 1}, "…normalize.mean: must be a number"),
         ("model.modalities.scan.size", [16], "model.modalities.scan.size.1: is missing"),
@@ -65,7 +65,7 @@ def reads(found: str, said: str) -> bool:
         (
             "model.modalities.scan.kind",
             None,
-            "model.modalities.scan: unknown 'kind' 'None'; known: image2d, tabular, text",
+            "model.modalities.scan: unknown 'kind' 'None'; known: image2d, tabular, text, volume3d",
         ),
         ("model.modalities.scan", {}, "model.modalities.scan: 'kind' is missing"),
         (
@@ -87,18 +87,22 @@ def reads(found: str, said: str) -> bool:
         (
             "model.encoders.scan",
             {"type": "vit", "patch_size": 5},
-            "…size: 16 is not a multiple of the encoder's patch_size 5",
+            "model.encoders.scan.patch_size: side 16 of modality 'scan' is not a multiple of 5",
         ),
         (
             "model.encoders.lab",
             {"type": "feature_tokens"},
-            "….encoders.lab: there is no such modality; did you mean 'labs'?",
+            "….encoders.lab: there is no modality 'lab'; did you mean 'labs'?",
         ),
-        ("model.encoders.scan", {"type": "bert"}, "model.encoders.scan.type: 'bert' does not read image2d; use vit"),
+        ("model.encoders.scan", {"type": "bert"}, "model.encoders.scan.type: 'bert' does not read image2d; use vit…"),
         ("model.encoders.note", {"type": "bert", "heads": 5}, "model.encoders.note.heads: 5 does not divide dim 12"),
-        ("model.encoders", {}, "model.modalities.labs: has no encoder; add 'encoders: {labs: {type: feature_tokens}}'"),
+        (
+            "model.encoders",
+            {},
+            "model.modalities.labs: has no encoder; add one under 'encoders', of type feature_tokens",
+        ),
         ("model.fusion", {"type": "gatd"}, "model.fusion: unknown 'type' 'gatd'; did you mean 'gated'?"),
-        ("model.fusion", "gated", "model.fusion: must be a mapping, like {key: value}"),
+        ("model.fusion", "gated", "model.fusion: must be a mapping, like {key: value} or {}"),
         ("model.heads.disease.classes", [False, True], "….classes.0: true and false must be in quotes here\n…"),
         (
             "model.heads.disease.classes",
@@ -110,7 +114,11 @@ def reads(found: str, said: str) -> bool:
         ("stages.0.rounds", "two", "stages.0.rounds: must be a whole number"),
         ("stages.0.optimizer", {"lr": math.inf}, "stages.0.optimizer.lr: must be a number"),
         ("stages.0.train", "*", "stages.0.train: must be a list, like [a, b]"),
-        ("stages.0.tasks", {"diseas": {}}, "stages.0.tasks.diseas: there is no such head; did you mean 'disease'?"),
+        (
+            "stages.0.tasks",
+            {"diseas": {}},
+            "stages.0.tasks.diseas: there is no such head or objective; did you mean 'disease'?",
+        ),
         ("stages.0.tasks", {"disease": None}, "stages.0.tasks.disease: must be a mapping, like {key: value} or {}"),
         ("stages.0.tasks", {}, "stages.0.tasks: must have at least 1 of them"),
         ("stages.1.rounds", 2, "stages.1.rounds: a stage that is not federated has no rounds; give it local_steps"),
@@ -124,7 +132,7 @@ def reads(found: str, said: str) -> bool:
         (
             "evaluation",
             {"disease": {"metrics": ["aurok"]}},
-            "evaluation.disease.metrics.0: must be 'auroc', 'auprc', …",
+            "evaluation.disease.metrics: classification is not measured by 'aurok'; did you mean 'auroc'?",
         ),
         ("name", "two words", "name: must start with a letter and hold only letters, digits, '_' and '-'"),
         ("name", 5, "name: must be text; put it in quotes"),

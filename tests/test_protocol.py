@@ -53,6 +53,7 @@ messages = st.one_of(
         counts,
         st.dictionaries(texts, counts, max_size=2),
         st.dictionaries(texts, st.dictionaries(texts, counts, max_size=2), max_size=2),
+        st.dictionaries(texts, counts, max_size=2),
         st.lists(texts, max_size=2),
     ),
     st.builds(RoundRequest, texts, st.integers(), tensors),

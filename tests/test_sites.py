@@ -12,7 +12,10 @@ COUNTS = {"train": 9, "val": 3, "test": 3}
 
 def site(name: str, healthy: int, ill: int, modalities: tuple[str, ...] = ("scan", "note", "labs")) -> SiteDescription:
     labels = {split: {"healthy": healthy, "ill": ill} for split in COUNTS}
-    return SiteDescription(name, COUNTS, COUNTS, dict.fromkeys(modalities, COUNTS), {"disease": labels}, [])
+    able = dict.fromkeys(COUNTS, healthy + ill)
+    return SiteDescription(
+        name, COUNTS, COUNTS, dict.fromkeys(modalities, COUNTS), {"disease": labels}, {"disease": able}, []
+    )
 
 
 def test_labels_of_one_class_at_every_site_are_an_error_that_names_the_field():

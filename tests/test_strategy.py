@@ -19,7 +19,9 @@ FIRST = rounds_of(FEDERATION)[0]
 def site(name: str, *modalities: str) -> SiteDescription:
     counts = {"train": 30, "val": 5, "test": 5}
     labels = {split: {"healthy": 20, "ill": 10} for split in counts}
-    return SiteDescription(name, counts, counts, dict.fromkeys(modalities, counts), {"disease": labels}, [])
+    return SiteDescription(
+        name, counts, counts, dict.fromkeys(modalities, counts), {"disease": labels}, {"disease": counts}, []
+    )
 
 
 NORTH, SOUTH = site("north", "scan", "note", "labs"), site("south", "note", "labs")
@@ -113,6 +115,6 @@ def test_nothing_may_come_back_from_adaptation():
 
 
 def test_a_site_without_a_training_label_is_not_asked_to_train():
-    unlabelled = replace(NORTH, targets={})
+    unlabelled = replace(NORTH, targets={}, tasks={})
     assert not fresh().takes_part(unlabelled, FIRST)
     assert fresh().takes_part(NORTH, FIRST)

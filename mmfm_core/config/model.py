@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, StringConstraints, model_validator
 
 from mmfm_core.config.modality import Modality
-from mmfm_core.config.part import EncoderConfig, FusionConfig, HeadConfig, ObjectiveConfig, TaskConfig, chosen_from
+from mmfm_core.config.part import (
+    EncoderConfig,
+    FusionConfig,
+    HeadConfig,
+    ObjectiveConfig,
+    TaskConfig,
+    chosen_from,
+    described,
+)
 from mmfm_core.config.strict import Name, Strict, did_you_mean
 from mmfm_core.registry import ENCODERS, FUSIONS, HEADS, OBJECTIVES
 
@@ -101,25 +109,33 @@ class Model(Strict):
                     raise ValueError(f"encoders.{name}: there is no modality '{modality}'; {hint}")
                 if self.modalities[modality].kind not in encoder.READS:
                     kind = self.modalities[modality].kind
-                    raise ValueError(f"encoders.{name}.type: '{encoder.type}' does not read {kind}")
+                    raise ValueError(
+                        f"encoders.{name}.type: '{encoder.type}' does not read {kind}; use {_readers(kind)}"
+                    )
             _say_where(f"encoders.{name}", encoder.check, self, name)
         read = {modality for name, encoder in self.encoders.items() for modality in encoder.inputs(name)}
         for modality in self.modalities:
             if modality not in read:
-                raise ValueError(f"modalities.{modality}: has no encoder; add one under 'encoders'")
+                fitting = _readers(self.modalities[modality].kind)
+                raise ValueError(f"modalities.{modality}: has no encoder; add one under 'encoders', of type {fitting}")
         _say_where("fusion", self.fusion.check, self)
         if not self.tasks:
             raise ValueError("heads: name at least one head, or an objective under 'objectives'")
-        for task, described in self.tasks.items():
+        for task, config in self.tasks.items():
             place = f"heads.{task}" if task in self.heads else f"objectives.{task}"
             if task in self.heads and task in self.objectives:
                 raise ValueError(f"objectives.{task}: a head has this name too; give it another")
-            for seen in described.encoders:
+            for seen in config.encoders:
                 if seen not in self.encoders:
                     hint = did_you_mean(seen, self.encoders)
                     raise ValueError(f"{place}.encoders: there is no encoder '{seen}'; {hint}")
-            _say_where(place, described.check, self)
+            _say_where(place, config.check, self)
         return self
+
+
+def _readers(kind: str) -> str:
+    """The types of encoders that read a kind of modality; only somebody who chose wrongly waits for their imports."""
+    return " or ".join(t for t in ENCODERS if t != "shared" and kind in described(ENCODERS, t).READS)  # type: ignore[attr-defined]
 
 
 def _say_where(place: str, check: Any, *arguments: Any) -> None:

@@ -44,15 +44,21 @@ def chosen_from(registry: Mapping[str, str]) -> Callable[[Any], Any]:
         if not isinstance(value, dict):
             return value
         if "type" not in value:
-            raise PydanticCustomError("no_type", "type is missing; known: {known}", {"known": ", ".join(registry)})
+            raise PydanticCustomError("no_type", "'type' is missing; known: {known}", {"known": ", ".join(registry)})
         name = str(value["type"])
         if name not in registry:
             context = {"name": name, "hint": did_you_mean(name, registry)}
-            raise PydanticCustomError("unknown_type", "unknown type '{name}'; {hint}", context)
-        module, _, described_by = registry[name].partition(":")
-        return getattr(import_module(module), described_by).model_validate(value)
+            raise PydanticCustomError("unknown_type", "unknown 'type' '{name}'; {hint}", context)
+        return described(registry, name).model_validate(value)
 
     return choose
+
+
+def described(registry: Mapping[str, str], name: str) -> type[Part]:
+    """The class that describes the part `name`; imports the part's own file, and with it what it computes with."""
+    module, _, described_by = registry[name].partition(":")
+    part: type[Part] = getattr(import_module(module), described_by)
+    return part
 
 
 class EncoderConfig(Part):
