@@ -83,6 +83,41 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.", show_def
     _say(f"Report: {write_report(Run.open(run).directory)}")
 
 
+def sha256(path: Annotated[Path, typer.Argument(help="A file or folder.", show_default=False)]) -> None:
+    """Print the hash by which a document pins a file or folder (a vocabulary, a checkpoint)."""
+    from mmfm_core.artifacts import sha256_of
+
+    if not path.exists():
+        raise MmfmError(f"{path}: there is no such file or folder")
+    _say(sha256_of(path))
+
+
+def vocabulary(
+    manifest: Annotated[Path, typer.Argument(help="Public texts (CSV, Parquet or JSONL).", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where to write the vocabulary.", show_default=False)],
+    column: Annotated[list[str] | None, typer.Option(help="A column of texts, 'report' if none is given.")] = None,
+    where: Annotated[list[str] | None, typer.Option(help="COLUMN=VALUE: only rows that have it.")] = None,
+    size: Annotated[int, typer.Option(help="The most pieces it may have.")] = 2000,
+    min_texts: Annotated[int, typer.Option(help="A word takes part if it stands in as many texts.")] = 5,
+) -> None:
+    """Make a WordPiece vocabulary from public texts, and print its hash. Never from texts that may not leave a site."""
+    from mmfm_core.artifacts import sha256_of
+    from mmfm_core.data.table import read_frame
+    from mmfm_core.storage import write_text
+    from mmfm_core.text.vocabulary import train_vocabulary
+
+    frame = read_frame(manifest)
+    columns = column or ["report"]
+    wanted = [condition.partition("=")[::2] for condition in where or []]
+    for name in [*columns, *(name for name, _ in wanted)]:
+        if name not in frame.columns:
+            raise MmfmError(f"{manifest}: there is no column '{name}'; compare it with the table's header")
+    for name, value in wanted:
+        frame = frame[frame[name] == value]
+    write_text(out, train_vocabulary((text for name in columns for text in frame[name]), size, min_texts))
+    _say(f"{out}: {len(out.read_text().splitlines())} pieces, sha256 {sha256_of(out)}")
+
+
 def _sites_file(federation: Path, sites: Path | None) -> Path:
     beside = federation.with_name(f"{federation.stem}.sites.yaml")
     if sites is None and federation.is_file() and not beside.is_file():

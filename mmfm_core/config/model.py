@@ -25,7 +25,7 @@ class Artifact(Strict):
 
     Attributes:
         path: where it lies, relative to the document; only whoever starts a run reads it there.
-        sha256: what every site checks its own copy against (`mmfm hash PATH`).
+        sha256: what every site checks its own copy against (`mmfm sha256 PATH`).
     """
 
     path: str

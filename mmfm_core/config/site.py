@@ -98,18 +98,37 @@ Mapping = Annotated[
 
 
 class Site(Strict):
-    """One hospital. It says where its data is and what it holds; it can only tighten what the federation asks."""
+    """One hospital. It says where its data is and what it holds; it can only tighten what the federation asks.
+
+    Attributes:
+        site: the manifest's column that names the site, where several sites have one manifest.
+        where: column -> the values of the rows that are used.
+        share: the patients that are used of a manifest without such a column: from one point to another of [0, 1], on
+            which a hash of the identifier puts each patient. To cut one data set into several sites in a simulation.
+        labelled: the share of training patients whose targets are used, by a hash too; to study scarce labels.
+        missing: cells that mean 'missing', in addition to `mmfm_core.config.strict.MISSING_CELLS`.
+    """
 
     name: Name
     manifest: Path
     study: str | None = None
     patient: str = "patient_id"
     site: str | None = None
+    where: dict[str, tuple[Cell, ...]] = {}
+    share: tuple[float, float] = (0.0, 1.0)
+    labelled: float = Field(default=1.0, gt=0, le=1)
     split: Splitting = SplitColumn()
     modalities: dict[Name, Mapping] = Field(min_length=1)
     targets: dict[Name, Mapping] = {}
-    missing: tuple[Cell, ...] = ()  # in addition to `mmfm_core.config.strict.MISSING_CELLS`
+    missing: tuple[Cell, ...] = ()
     missing_files: Literal["error", "absent"] = "error"
+
+    @field_validator("share")
+    @classmethod
+    def _share_of_something(cls, share: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= share[0] < share[1] <= 1:
+            raise ValueError("must be two points of [0, 1], the lower one first, for example [0, 0.25]")
+        return share
 
     @field_validator("manifest")
     @classmethod

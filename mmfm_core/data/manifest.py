@@ -1,6 +1,5 @@
 """A site's manifest, read into studies: one row per study, with whichever modalities it has."""
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from mmfm_core.config.modality import CategoricalFeature, TableModality, TextMod
 from mmfm_core.config.model import Model
 from mmfm_core.config.site import SPLITS, Column, Site, Split, SplitFractions
 from mmfm_core.config.strict import did_you_mean
-from mmfm_core.data.table import Table
+from mmfm_core.data.table import Table, position_of
 from mmfm_core.errors import MmfmError
 
 Value = Path | str | list[float]
@@ -63,7 +62,12 @@ def read_manifest(site: Site, model: Model) -> list[Study]:
                     f"'optional: true' under model.modalities.{name}",
                 )
         if present:
-            labels = {name: label for name, values in targets.items() if (label := values[index]) is not None}
+            withheld = splits[index] == "train" and position_of(table.patients[index], "labelled") >= site.labelled
+            labels = {
+                name: label
+                for name, values in targets.items()
+                if (label := values[index]) is not None and not withheld
+            }
             studies.append(
                 Study(table.row(index), table.studies[index], table.patients[index], splits[index], present, labels)
             )
@@ -98,7 +102,7 @@ def _splits(table: Table, site: Site) -> list[Split]:
 
 def hashed_split(patient: str, fractions: SplitFractions) -> Split:
     """The split of a patient, by a hash of the identifier: patients added later never move the others."""
-    position = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8]) / 2**64
+    position = position_of(patient)
     if position < fractions.train:
         return "train"
     return "val" if position < fractions.train + fractions.val else "test"

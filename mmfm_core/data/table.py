@@ -3,6 +3,7 @@
 Error texts name the row and the column, never the value that stands there: they may leave the site.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -36,8 +37,15 @@ class Table:
         frame.index = pd.RangeIndex(first, len(frame) + first)
         if site.site is not None:
             frame = frame[self._column(frame, site.site, "site") == site.name]
+        for name, values in site.where.items():
+            frame = frame[self._column(frame, name, f"where.{name}").isin(values)]
+        low, high = site.share
+        if (low, high) != (0.0, 1.0):
+            patients = self._column(frame, site.patient, "patient")
+            frame = frame[[low <= position_of(patient, "share") < high for patient in patients]]
         if frame.empty:
             lack = f"no row has '{site.name}' in column '{site.site}'" if site.site else "it has no rows"
+            lack += ", or none that 'where' and 'share' leave" if site.where or (low, high) != (0.0, 1.0) else ""
             raise MmfmError(f"{site.manifest}: site '{site.name}' is empty: {lack}")
         self._frame = frame
         self.patients = self._identifiers(site.patient, "patient")
@@ -146,6 +154,12 @@ def _exists(path: Path) -> bool:
         return Path(archive + ".npz").is_file() if archive and member else path.exists()
     except OSError:  # too long for a file's name: the column of another modality
         return False
+
+
+def position_of(patient: str, purpose: str = "") -> float:
+    """A point of [0, 1) for a patient, by a hash of the identifier; points for different purposes are independent."""
+    text = f"{purpose}/{patient}" if purpose else patient
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 def read_frame(path: Path) -> pd.DataFrame:

@@ -24,6 +24,31 @@ METRICS = {
         "The share of patients classified rightly. Where one class is rare, always guessing the "
         "other one scores high too.",
     ),
+    "dice": ("Dice", "Overlap of the drawn and the true region: 1 is the same region, 0 is no overlap."),
+    "hd95": (
+        "Boundary error (HD95)",
+        "How far the outlines are apart at their 95th percentile, in pixels or voxels of the model. Lower is better.",
+    ),
+    "map50": (
+        "mAP at IoU 0.5",
+        "Average precision of the detected boxes, over all thresholds and classes; a box counts where it overlaps a "
+        "true one by half.",
+    ),
+    "map": ("mAP", "Average precision of the detected boxes, over overlaps from 0.5 to 0.95."),
+    "bleu4": ("BLEU-4", "How many word sequences of up to four words the written and the true report share."),
+    "rouge_l": ("ROUGE-L", "The longest common sequence of words of the written and the true report."),
+    "finding_f1": (
+        "Finding F1",
+        "Whether the written and the true report state the same findings, as a rule-based reader finds them.",
+    ),
+    "distinct": (
+        "Distinct reports",
+        "The share of written reports that differ from all others; near 0 it repeats itself.",
+    ),
+    "recall_at_10": (
+        "Recall@10",
+        "How often the right partner is among the first ten found, from image to text and back.",
+    ),
     "ece": (
         "Calibration error",
         "How far the stated probabilities are from what happened, on average (ECE). 0 is perfect, lower is better.",
