@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from mmfm_core.metrics.classification import macro_auroc, macro_point, measurable
+from mmfm_core.metrics.ranking import MIN_OF_CLASS
 from mmfm_core.models import _torchvision_ops  # noqa: F401
-from mmfm_core.tasks.ranking import MIN_OF_CLASS
 
 from torchmetrics.functional.classification import multilabel_auroc  # isort: skip
 
