@@ -23,6 +23,12 @@ HEADS = {
     "classification": "mmfm_core.models.heads.classification:Classification",
     "findings": "mmfm_core.models.heads.findings:Findings",
     "segmentation": "mmfm_core.models.heads.segmentation:Segmentation",
+    "report": "mmfm_core.models.heads.report:Report",
+    "retrieval": "mmfm_core.models.heads.retrieval:Retrieval",
 }
 
-OBJECTIVES: dict[str, str] = {}
+OBJECTIVES = {
+    "masked_image": "mmfm_core.models.objectives.masked_image:MaskedImage",
+    "masked_text": "mmfm_core.models.objectives.masked_text:MaskedText",
+    "matching": "mmfm_core.models.objectives.matching:Matching",
+}
