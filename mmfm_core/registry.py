@@ -5,6 +5,8 @@ A new encoder, fusion, head or objective is one new file and one line here.
 
 ENCODERS = {
     "vit": "mmfm_core.models.encoders.vit:VisionTransformer",
+    "vit3d": "mmfm_core.models.encoders.vit3d:VolumeTransformer",
+    "timm": "mmfm_core.models.encoders.timm_trunk:TimmTrunk",
     "bert": "mmfm_core.models.encoders.bert:Bert",
     "feature_tokens": "mmfm_core.models.encoders.feature_tokens:FeatureTokens",
     "shared": "mmfm_core.models.encoders.shared:Shared",
@@ -23,6 +25,8 @@ HEADS = {
     "classification": "mmfm_core.models.heads.classification:Classification",
     "findings": "mmfm_core.models.heads.findings:Findings",
     "segmentation": "mmfm_core.models.heads.segmentation:Segmentation",
+    "registration": "mmfm_core.models.heads.registration:Registration",
+    "detection": "mmfm_core.models.heads.detection:Detection",
     "report": "mmfm_core.models.heads.report:Report",
     "retrieval": "mmfm_core.models.heads.retrieval:Retrieval",
 }
