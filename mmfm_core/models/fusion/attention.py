@@ -26,7 +26,8 @@ class CrossAttention(nn.Module):
         keys_values = self.key_value(self.norm_context(context.x)).unflatten(-1, (2, self.heads, -1))
         keys, values = keys_values.permute(2, 0, 3, 1, 4)
         nothing = ~context.mask.any(1, keepdim=True)
-        # A softmax over no key at all is 0/0; such a study attends anywhere, and what it gathers is thrown away.
+        # Attention to no key at all is 0/0 in some of torch's kernels: such a study attends to all of them, and what it
+        # gathers is thrown away.
         mask = (context.mask | nothing)[:, None, None, :]
         gathered = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         x = x + self.out(gathered.transpose(1, 2).flatten(2)).masked_fill(nothing[..., None], 0.0)
