@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,23 @@ class Encoder(nn.Module, ABC):
     the type embedding.
     """
 
+    BESIDE = ("fill", "modality_embedding", "project")
+    """The children that `features` does not use; all others are the trunk."""
+
     def __init__(self, dim: int, channels: Sequence[str] = (), channels_each: int = 1) -> None:
         super().__init__()
         self.channels = tuple(channels)
         if len(self.channels) > 1:
             self.fill = initialised(nn.Embedding(len(self.channels), channels_each))
         self.modality_embedding = initialised(nn.Embedding(1, dim))
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, but leave a frozen trunk as it is: without dropout, so that its features can be kept."""
+        super().train(mode)
+        for name, part in self.named_children():
+            if name not in self.BESIDE and not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
 
     def stack(self, inputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
         """The images of `channels` as one [B, sum of C, *size], a learned constant standing for a missing one.
