@@ -148,6 +148,13 @@ def test_a_study_without_its_image_cannot_serve_the_head(tmp_path):
     assert data.everything.usable["shapes"].tolist() == [True, False]
 
 
+def test_a_site_without_the_image_that_is_named_has_no_such_head():
+    for named in ({"image": "scan"}, {"encoders": ["scan"]}):
+        model = model_with({"type": "gated"}, **named)
+        assert model.held(["note"], ["shapes"]).heads == ()
+        assert model.held(["scan"], ["shapes"]).heads == ("shapes",)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
