@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from per_study import assert_gradients_separate
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -159,6 +160,23 @@ def test_a_step_of_any_task_with_any_fusion_and_any_subset_of_modalities(task, f
     everything = tuple(config.modalities)
     learns = [check_step(model, random_batch(task, config, everything, have)) for have in subsets(config)]
     assert learns[-1]
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "bottleneck"])
+@pytest.mark.parametrize("task", HEADS)
+def test_hooks_see_the_gradient_of_every_study_for_each_head_that_says_so(task, fusion):
+    """The first study has no image where it may lack one, the second no text, and the last no target."""
+    config = Model.model_validate(document(task, fusion))
+    if not config.heads["task"].PER_SAMPLE:
+        pytest.skip("its loss compares studies")
+    torch.manual_seed(0)
+    model = full_model(config, seed=0)
+    model.fusion.modality_dropout = 0.0
+    batch = random_batch(task, config, tuple(config.modalities), tuple(config.modalities))
+    for name, here in batch.present.items():
+        here[0] &= not config.modalities[name].optional or name == TEXT
+        here[1] &= name != TEXT
+    assert_gradients_separate(model, lambda rows: model.losses(batch.rows(rows), ["task"])["task"], STUDIES)
 
 
 CRASHES = pytest.mark.xfail(

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from opacus import GradSampleModule
+from per_study import assert_gradients_separate
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
-from test_models import STUDIES, one, random_batch, some_absent
+from test_models import STUDIES, random_batch, some_absent
 from tiny import tiny_federation
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmfm_core.config import Federation, Site
 from mmfm_core.data.dataset import Batch, Dataset, load_dataset
@@ -130,29 +130,10 @@ def test_an_unlabelled_finding_teaches_nothing():
 
 
 def test_hooks_see_the_gradient_of_every_study():
-    model = full_model(federation().model, seed=0).train()
+    model = full_model(federation().model, seed=0)
     model.fusion.modality_dropout = 0.0
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     batch = labelled(some_absent())
-    expected = [
-        torch.autograd.grad(model.losses(one(batch, row), ["signs"])["signs"].sum(), list(model.heads.parameters()))
-        for row in range(STUDIES)
-    ]
-
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, batch: Batch) -> Tensor:
-            return self.model.losses(batch, ["signs"])["signs"]
-
-    GradSampleModule(Loss(), loss_reduction="sum", strict=False)(batch).sum().backward()
-    for index, (name, parameter) in enumerate(model.heads.named_parameters()):
-        truth = torch.stack([gradients[index] for gradients in expected])
-        torch.testing.assert_close(parameter.grad_sample, truth, rtol=1e-3, atol=1e-6, msg=name)
+    assert_gradients_separate(model, lambda rows: model.losses(batch.rows(rows), ["signs"])["signs"], STUDIES)
 
 
 def test_predictions_are_a_label_and_a_probability_of_each_finding():
