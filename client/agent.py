@@ -19,6 +19,7 @@ from mmfm_core.config.rounds import Round, rounds_of
 from mmfm_core.config.site import Split
 from mmfm_core.data.dataset import Dataset, load_dataset
 from mmfm_core.data.description import describe
+from mmfm_core.data.features import with_features
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel, seeded
 from mmfm_core.models.parameters import block_of, fates_of, held, matches
@@ -47,7 +48,7 @@ class Agent:
     """A site's agent over its directory.
 
     The directory holds `site.yaml`, `approved/<sha256>.yaml` (the documents this site agreed to), and what the agent
-    writes: `state/` (local parameters) and `predictions/` (never sent).
+    writes: `state/` (local parameters), `predictions/` and `cache/` (features of frozen trunks); none of it is sent.
     """
 
     def __init__(self, directory: Path, name: str, read: Callable[[Model], Dataset]) -> None:
@@ -88,18 +89,19 @@ class Agent:
         federation = gates.approved(self.directory / "approved", document)  # every time: an approval can be withdrawn
         if document not in self._participations:
             dataset = self._read(federation.model)
-            held = dataset.everything
+            here = dataset.everything
             model = MultimodalModel(
-                federation.model, held.inputs, held.targets, federation.seed, self.directory / "artifacts"
+                federation.model, here.inputs, here.targets, federation.seed, self.directory / "artifacts"
             )
             initial = arrays(model)
+            fates = fates_of(federation, initial)
             self._participations[document] = Participation(
                 federation,
                 rounds_of(federation),
-                dataset,
+                with_features(dataset, model, federation.model, held(fates, "frozen"), self.directory / "cache"),
                 model,
                 initial,
-                fates_of(federation, initial),
+                fates,
                 LocalState(self.directory / "state" / document[:16]),
             )
         return self._participations[document]

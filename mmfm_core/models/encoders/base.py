@@ -65,5 +65,6 @@ class Encoder(nn.Module, ABC):
 
     def forward(self, x: Tensor, features: Tensor | None = None) -> Tokens:
         """Tokens of an input as the dataset (or `stack`) gives it; `features` are the trunk's, where they were kept."""
-        tokens = self.tokens(self.features(x) if features is None else features, x)
+        weight = self.modality_embedding.weight
+        tokens = self.tokens(self.features(x) if features is None else features.to(weight.dtype), x)
         return replace(tokens, x=tokens.x + learned(self.modality_embedding, len(x)))
