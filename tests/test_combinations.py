@@ -179,29 +179,12 @@ def test_hooks_see_the_gradient_of_every_study_for_each_head_that_says_so(task, 
     assert_gradients_separate(model, lambda rows: model.losses(batch.rows(rows), ["task"])["task"], STUDIES)
 
 
-CRASHES = pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="a head is held where none of its encoders is: HeadConfig.held ignores them",
-)
-DRAWS = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="segmentation is held where no encoder has a grid")
-
-
-@pytest.mark.parametrize(
-    "task", [pytest.param(task, marks=DRAWS if task == "segmentation" else ()) for task in (*HEADS, *OBJECTIVES)]
-)
+@pytest.mark.parametrize("task", [*HEADS, *OBJECTIVES])
 def test_a_step_of_any_task_at_a_site_that_holds_any_subset_of_modalities(task):
     check_at_sites(task, document(task, "joint"))
 
 
-@pytest.mark.parametrize(
-    "task",
-    [
-        pytest.param(task, marks=() if task in ("detection", "registration") else CRASHES)
-        for task in HEADS
-        if task not in EXAMPLES or "encoders" not in EXAMPLES[task].options
-    ],
-)
+@pytest.mark.parametrize("task", [t for t in HEADS if t not in EXAMPLES or "encoders" not in EXAMPLES[t].options])
 def test_a_head_that_sees_one_encoder_at_a_site_that_holds_any_subset_of_modalities(task):
     described = document(task, "joint")
     described["heads"]["task"]["encoders"] = ["front"]

@@ -152,7 +152,7 @@ def test_the_loss_does_not_separate_by_study_and_says_so(loss):
     trained(model, batch, steps=5)  # away from SigLIP's first bias, which silences wrong pairs
     with_the_others = model.losses(batch, ["match"])["match"][0]
     alone = model.losses(batch.rows([0]), ["match"])["match"][0]
-    assert not torch.isclose(with_the_others, alone, rtol=0.01)
+    assert not torch.isclose(with_the_others, alone, rtol=1e-3)
 
 
 def test_the_embeddings_come_from_before_the_fusion():

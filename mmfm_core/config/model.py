@@ -96,7 +96,7 @@ class Model(Strict):
         able = [name for name, e in self.encoders.items() if set(e.inputs(name)) & set(modalities)]
         return Held(
             tuple(name for name in self.encoders if set(self.behind(name)) & set(modalities)),
-            tuple(name for name, head in self.heads.items() if head.held(able, name in targets)),
+            tuple(name for name, head in self.heads.items() if head.held(self, able, name in targets)),
             tuple(name for name, task in self.objectives.items() if set(task.sees(self)) & set(able)),
         )
 

@@ -141,9 +141,9 @@ class HeadConfig(TaskConfig):
         """What is counted in a site's targets."""
         raise NotImplementedError
 
-    def held(self, encoders: Collection[str], has_targets: bool) -> bool:
-        """Whether a site with these encoders, and with or without targets for the head, has the head."""
-        return has_targets
+    def held(self, model: Model, encoders: Collection[str], has_targets: bool) -> bool:
+        """Whether a site whose studies pass through these encoders, with or without targets for it, has the head."""
+        return has_targets and not set(self.sees(model)).isdisjoint(encoders)
 
     def usable(self, model: Model, present: Mapping[str, Tensor], labelled: Tensor) -> Tensor:
         """Which studies ([N] bool) it can be trained and judged on."""

@@ -72,10 +72,9 @@ class Detection(HeadConfig):
                 f"image: '{self.image}' is no encoder of 2D images here; {did_you_mean(self.image, images)}"
             )
 
-    def held(self, encoders: Collection[str], has_targets: bool) -> bool:
-        """Only a site that can read the image, as far as the document says which one that is."""
-        needed = (self.image,) if self.image else self.encoders
-        return has_targets and (not needed or any(name in encoders for name in needed))
+    def held(self, model: Model, encoders: Collection[str], has_targets: bool) -> bool:
+        """Only a site that can read the image."""
+        return has_targets and self.within(model) in encoders
 
     def usable(self, model: Model, present: Mapping[str, Tensor], labelled: Tensor) -> Tensor:
         """Studies with boxes, be it none, and the image that they lie in."""

@@ -104,9 +104,9 @@ class Registration(HeadConfig):
             raise ValueError("supervision: needs 'structures', the number of label ids in the label maps")
         check_dense(model, self)
 
-    def held(self, encoders: Collection[str], has_targets: bool) -> bool:
-        """Every site has pairs; label maps are not needed."""
-        return True
+    def held(self, model: Model, encoders: Collection[str], has_targets: bool) -> bool:
+        """Every site with pairs; label maps are not needed."""
+        return set(drawing(model, self)) <= set(encoders)
 
     def usable(self, model: Model, present: Mapping[str, Tensor], labelled: Tensor) -> Tensor:
         """All studies whose pair is there."""

@@ -65,7 +65,7 @@ class Retrieval(HeadConfig):
         if reads != [False, True]:
             raise ValueError("encoders: name the encoder of the images first, and that of the text second")
 
-    def held(self, encoders: Collection[str], has_targets: bool) -> bool:
+    def held(self, model: Model, encoders: Collection[str], has_targets: bool) -> bool:
         """Whether a site has both encoders."""
         return set(self.encoders) <= set(encoders)
 

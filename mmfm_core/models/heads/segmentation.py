@@ -1,6 +1,6 @@
 """Segmentation: a class for every pixel of an image, or voxel of a volume."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,14 @@ class Segmentation(HeadConfig):
     def check(self, model: Model) -> None:
         """Check that its encoders can draw a map."""
         check_dense(model, self)
+
+    def held(self, model: Model, encoders: Collection[str], has_targets: bool) -> bool:
+        """Only a site that has an image to draw on."""
+        return has_targets and not set(drawing(model, self)).isdisjoint(encoders)
+
+    def usable(self, model: Model, present: Mapping[str, Tensor], labelled: Tensor) -> Tensor:
+        """Studies with a mask, and an image to draw it on."""
+        return labelled & torch.stack([present[name] for name in drawing(model, self) if name in present]).any(0)
 
     def read(self, table: Table, mapping: SiteMapping, field: str) -> list[Mask | None]:
         """The file of each study's mask."""
