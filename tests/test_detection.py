@@ -1,6 +1,7 @@
 """Detection: boxes read, taught, found again, and refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mmfm_core.config.model import Model
 from mmfm_core.data.dataset import Batch, Dataset, load_dataset
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.centres import box_loss, closeness_of, heat_loss, peaks
+from mmfm_core.models.heads.detection import Maps
 from mmfm_core.models.model import MultimodalModel, full_model
 from mmfm_core.models.tasks import Encoding
 
@@ -184,7 +186,7 @@ def test_of_several_images_the_one_with_the_boxes_must_be_named():
 
 def test_closeness_is_one_in_the_cell_that_holds_a_centre_and_a_gaussian_around_it():
     cells = torch.tensor([[x + 0.5, y + 0.5] for y in range(6) for x in range(6)]) * 8
-    corners = torch.tensor([[[0.0, 0, 48, 48], [3, 11, 9, 15], [-48, -48, -48, -48]]])  # centres (24, 24) and (6, 13)
+    corners = torch.tensor([[[0.0, 0, 48, 48], [3, 11, 9, 15], [0, 0, 8, 8]]])  # centres (24, 24) and (6, 13)
     seen = closeness_of(cells, corners, torch.tensor([[True, True, False]]), stride=8)[0]
     for index, (x, y) in enumerate(cells.tolist()):
         for box, (cx, cy, spread) in enumerate([(24, 24, 48 * 0.09), (6, 13, 2.0)]):
@@ -267,6 +269,50 @@ def test_what_stands_in_for_an_absent_image_has_no_influence_and_nothing_is_need
     torch.testing.assert_close(model(no_scan, ["shapes"])["shapes"].heat[1], before[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fusion", LATENT[:2], ids=lambda fusion: fusion["type"])
+def test_the_same_image_is_read_differently_beside_different_notes(fusion):
+    """What the note says, and the image does not, is learned."""
+    model = full_model(model_with(fusion), seed=0).train()
+    image = torch.zeros(2, 1, SIDE, SIDE)
+    image[:, :, 8:32, 10:34] = 1
+    box = (10 / SIDE, 8 / SIDE, 34 / SIDE, 32 / SIDE)
+    batch = batch_of(
+        [rows_of((0, *box)), rows_of((1, *box))], scan=image, note=torch.tensor([[70, 71, 72], [90, 91, 92]])
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        loss = model.losses(batch, ["shapes"])["shapes"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    table = model.eval().heads["shapes"].predict(Encoding(model, batch))
+    assert [json.loads(found)[0]["label"] for found in table["detections"]] == list(CLASSES)
+
+
+def test_where_a_token_lies_matters():
+    model = full_model(model_with(), seed=0).eval()
+    straight, turned = (Encoding(model, batch_of([random_boxes(1)])) for _ in range(2))
+    part = turned.parts["scan"]
+    turned.parts["scan"] = replace(part, x=part.x.flip(1))  # their mean, all that the fusion takes of them, is the same
+    head = model.heads["shapes"]
+    assert (head(straight).heat - head(turned).heat).abs().max() > 1e-3
+
+
+def wide_model() -> Model:
+    document = model_with().model_dump(mode="json")
+    document["modalities"]["scan"]["size"] = [SIDE, 2 * SIDE]
+    return Model.model_validate(document)
+
+
+def test_maps_that_show_the_true_boxes_of_a_wide_image_cost_nothing():
+    head = full_model(wide_model(), seed=0).heads["shapes"]
+    target = rows_of((1, 0.5, 0.25, 0.75, 0.75))  # of 96 × 48 pixels: x 48 to 72, y 12 to 36, centre in cell (7, 3)
+    heat = torch.full((1, 2, 6, 12), -20.0)
+    heat[0, 1, 3, 7] = 20.0
+    corners = torch.tensor([48.0, 12, 72, 36]).expand(1, 72, 4)
+    assert head.loss(Maps(heat, corners), batch_of([target])).item() == pytest.approx(0, abs=1e-4)
+
+
 def test_the_map_covers_images_whose_sides_are_no_multiples_of_its_stride():
     document = model_with().model_dump(mode="json")
     document["modalities"]["scan"]["size"], document["encoders"]["scan"]["patch_size"] = [20, 36], 4
@@ -285,17 +331,23 @@ def test_the_map_covers_images_whose_sides_are_no_multiples_of_its_stride():
 
 
 def shapes_on_disk(folder: Path) -> Dataset:
-    """Two images of squares and discs, the second one without any, at twice the size of the model's."""
-    image = Image.new("L", (2 * SIDE, 2 * SIDE), 60)
+    """Two wide images of squares and discs, the second one without any, at twice the size of the model's."""
+    image = Image.new("L", (4 * SIDE, 2 * SIDE), 60)
     draw = ImageDraw.Draw(image)
-    boxes = [("SQ", 6, 8, 34, 36), ("SQ", 58, 50, 92, 84), ("DI", 50, 6, 86, 42), ("DI", 10, 60, 34, 84)]
+    boxes = [
+        ("SQ", 6, 8, 34, 36),
+        ("SQ", 58, 50, 92, 84),
+        ("DI", 50, 6, 86, 42),
+        ("DI", 10, 60, 34, 84),
+        ("SQ", 150, 20, 180, 50),
+    ]
     for label, *corners in boxes:
         (draw.rectangle if label == "SQ" else draw.ellipse)([v - (i > 1) for i, v in enumerate(corners)], fill=220)
     image.save(folder / "shapes.png")
     described = site(folder, [cell(*boxes), "[]"])
     table = pd.read_csv(folder / "manifest.csv")
     table.assign(scan=["shapes.png", "scan-of-mary.png"]).to_csv(folder / "manifest.csv", index=False)
-    return load_dataset(described, model_with())
+    return load_dataset(described, wide_model())
 
 
 def predictions(model: MultimodalModel, data: Dataset) -> pd.DataFrame:
@@ -305,7 +357,7 @@ def predictions(model: MultimodalModel, data: Dataset) -> pd.DataFrame:
 
 def test_a_few_steps_find_the_squares_and_discs_of_an_image_and_nothing_in_an_empty_one(tmp_path):
     data, config = shapes_on_disk(tmp_path), model_with().heads["shapes"]
-    model = full_model(model_with(), seed=0).train()
+    model = full_model(wide_model(), seed=0).train()
     everyone = np.ones((1, 2))
     before = config.statistic("map50", predictions(model, data))(everyone)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
@@ -317,7 +369,7 @@ def test_a_few_steps_find_the_squares_and_discs_of_an_image_and_nothing_in_an_em
     table = predictions(model, data)
     assert before < 0.5
     assert config.statistic("map50", table)(everyone) > 0.9
-    assert config.counts(table) == {"studies": 2, "square": 2, "disc": 2}
+    assert config.counts(table) == {"studies": 2, "square": 3, "disc": 2}
     assert not [box for box in json.loads(table["detections"][1]) if box["score"] > 0.3]
 
 

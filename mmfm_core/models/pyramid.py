@@ -19,10 +19,10 @@ GROUPS = 8
 class FeatureMap(nn.Module):
     """Tokens and raw pixels to a map [B, width, H / 8, W / 8].
 
-    Convolutions bring the image down to a sixteenth, where the encoder's tokens and the pooled state join them, and
-    one step back up a finer level joins in: a feature pyramid (Lin et al. 2017) with a vision transformer at its top.
-    What is smaller than a patch is seen in the pixels. Group normalisation keeps what the pooled state adds, which is
-    the same at every cell; instance normalisation would take it out.
+    Convolutions bring the image down to a sixteenth, where the encoder's tokens join them, and one step back up a finer
+    level joins in: a feature pyramid (Lin et al. 2017) with a vision transformer at its top. What is smaller than a
+    patch is seen in the pixels. The pooled state is added last, to all cells alike: a normalisation after it would take
+    most of it out again.
     """
 
     def __init__(self, model: Model, encoder: str, encoders: tuple[str, ...], width: int) -> None:
@@ -36,7 +36,8 @@ class FeatureMap(nn.Module):
             convolution(width // 2, width, 2),
         )
         self.coarse = convolution(width, width, 2)
-        self.tokens, self.pooled = nn.Linear(model.dim, width), nn.Linear(model.dim, width)
+        self.tokens = nn.Linear(model.dim, width)
+        self.norm, self.pooled = nn.LayerNorm(model.dim), nn.Linear(model.dim, width)
         self.top, self.out = convolution(width, width), convolution(width, width)
 
     @property
@@ -48,7 +49,7 @@ class FeatureMap(nn.Module):
         """[B, width, *grid]."""
         fused = encoding.fused(self.encoders)
         fine = self.fine(self._pixels(encoding, fused.pooled))
-        coarse = self.coarse(fine) + self.pooled(fused.pooled)[:, :, None, None]
+        coarse = self.coarse(fine)
         if self.encoder in fused.parts:
             part = fused.parts[self.encoder]
             tokens = torch.where(part.mask[..., None], self.tokens(part.x), 0.0)
@@ -56,8 +57,8 @@ class FeatureMap(nn.Module):
             # Opacus reads the strides of a convolution's input wrongly unless they are contiguous.
             coarse = coarse + F.interpolate(tokens.contiguous(), coarse.shape[2:], mode="bilinear")
         finer = F.interpolate(self.top(coarse), fine.shape[2:]) + fine
-        features: Tensor = self.out(finer.contiguous())
-        return features
+        pooled: Tensor = self.pooled(self.norm(fused.pooled))
+        return self.out(finer.contiguous()) + pooled[:, :, None, None]
 
     def _pixels(self, encoding: Encoding, like: Tensor) -> Tensor:
         # Modality dropout takes the image's tokens only: without its pixels there would be nothing to find.
