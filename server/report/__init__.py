@@ -82,6 +82,7 @@ def render(run: Run) -> str:
         total=history.total(by_stage),
         leading={head: federation.metrics_of(head)[0] for head in federation.model.heads},
         percent=wording.percent,
+        ranking=wording.RANKING,
         blocks=facts.get("blocks") or [],
         holders_of=partial(history.holders_of, federation=federation, sites=sites),
         shared_bytes=history.shared_bytes(facts.get("blocks") or [], federation, sites),

@@ -56,6 +56,9 @@ METRICS = {
 }
 """Metric -> its name for people and its meaning in one line."""
 
+RANKING = ("auroc", "auprc")
+"""Metrics of an order of patients, which need a few of every class."""
+
 LABELS = {"local-only": "Local only", "fedavg": "FedAvg", "adapted": "FedAvg + adapted head", "pooled": "Pooled data"}
 
 _MODEL = {
