@@ -4,7 +4,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, StringConstraints, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    StringConstraints,
+    model_validator,
+)
 
 from mmfm_core.config.modality import Modality
 from mmfm_core.config.part import (
@@ -55,6 +63,19 @@ Head = Annotated[SerializeAsAny[HeadConfig], BeforeValidator(chosen_from(HEADS))
 Objective = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(chosen_from(OBJECTIVES))]
 
 
+class Adapter(Strict):
+    """A low-rank change beside frozen weights (LoRA): `alpha / rank` times a product of two thin matrices.
+
+    Attributes:
+        targets: glob patterns over the names of linear and convolutional layers of encoders and fusion, such as
+            `encoders.frontal.trunk.*.qkv`.
+    """
+
+    rank: PositiveInt = 4
+    alpha: PositiveFloat = 8.0
+    targets: tuple[str, ...] = Field(min_length=1)
+
+
 @dataclass(frozen=True)
 class Held:
     """The parts of a model that a site has."""
@@ -71,13 +92,14 @@ class Held:
 
 
 class Model(Strict):
-    """Encoders, one fusion, and the heads and objectives, all of one width `dim`."""
+    """Encoders, one fusion, adapters beside their layers, and the heads and objectives, all of one width `dim`."""
 
     dim: PositiveInt = 192
     tokenizer: Annotated[ByteTokenizer | WordPieceTokenizer, Field(discriminator="type")] = ByteTokenizer()
     modalities: dict[Name, Modality] = Field(min_length=1)
     encoders: dict[Name, Encoder]
     fusion: Fusion
+    adapters: dict[Name, Adapter] = {}
     heads: dict[Name, Head] = {}
     objectives: dict[Name, Objective] = {}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmfm_core.config.model import Model as ModelConfig
 from mmfm_core.data.dataset import NO_ARTIFACTS, Batch
 from mmfm_core.errors import MmfmError
+from mmfm_core.models.adapters import add_adapters, check_targets
 from mmfm_core.models.encoders.shared import SharedEncoder
 from mmfm_core.models.fusion.base import Fusion
 from mmfm_core.models.tasks import Encoding, Head, Objective
@@ -51,6 +52,10 @@ class MultimodalModel(nn.Module):
                 encoder.borrow(self.encoders)
         with seeded(seed, "fusion"):
             self.fusion = config.fusion.build(config)
+        blocks = {**{f"encoders.{name}": part for name, part in self.encoders.items()}, "fusion": self.fusion}
+        if held.encoders == tuple(config.encoders):  # else a pattern may name what this site does not have
+            check_targets(blocks, config.adapters)
+        add_adapters(blocks, config.adapters, partial(seeded, seed))
         self.heads = built("heads", seed, {n: partial(config.heads[n].build, config, n, artifacts) for n in held.heads})
         self.objectives = built(
             "objectives", seed, {n: partial(config.objectives[n].build, config, n, artifacts) for n in held.objectives}

@@ -14,12 +14,21 @@ from mmfm_core.errors import MmfmError
 ORDER: tuple[Fate, ...] = ("frozen", "local", "shared")  # the first list that matches decides
 
 
+ADAPTERS = ".lora_"  # in every name of an adapter's parameter, and in every pattern that means adapters
+
+
 def fates_of(federation: Federation, names: Iterable[str]) -> dict[str, Fate]:
-    """The fate of each name of a (possibly partial) model's state dict."""
+    """The fate of each name of a (possibly partial) model's state dict.
+
+    What is said of adapters goes before what is said of the layers they stand beside: `frozen: [encoders.*]` with
+    `shared: ["*.lora_*"]` freezes the trunk and shares the adapters in it.
+    """
     lists = {fate: getattr(federation.parameters, fate) for fate in ORDER}
+    of_adapters = {fate: [pattern for pattern in lists[fate] if ADAPTERS in pattern] for fate in ORDER}
     fates: dict[str, Fate] = {}
     for name in names:
-        fate = next((fate for fate in ORDER if matches(name, lists[fate])), None)
+        tries = (of_adapters, lists) if ADAPTERS in name else (lists,)
+        fate = next((fate for said in tries for fate in ORDER if matches(name, said[fate])), None)
         if fate is None:
             raise MmfmError(
                 f"parameters: '{name}' matches no pattern, so it has no fate; add it to shared, local or frozen"
@@ -32,10 +41,16 @@ def check_patterns(federation: Federation, names: Iterable[str]) -> None:
     """Check every pattern of the document against the full model's names.
 
     Raises:
-        MmfmError: a name has no fate, or a pattern matches nothing.
+        MmfmError: a name has no fate, a pattern matches nothing, or BatchNorm would be trained.
     """
     names = list(names)
-    fates_of(federation, names)
+    fates = fates_of(federation, names)
+    for name in names:
+        if name.endswith(".running_mean") and fates[name] != "frozen":
+            raise MmfmError(
+                f"parameters: '{name}' belongs to BatchNorm, which mixes the patients of a batch; freeze the trunk it "
+                f"is in, for example frozen: ['{block_of(name)}.trunk.*']"
+            )
     places = {f"parameters.{fate}": getattr(federation.parameters, fate) for fate in ORDER}
     places |= {f"stages.{index}.train": stage.train for index, stage in enumerate(federation.stages)}
     for place, patterns in places.items():
