@@ -1,0 +1,80 @@
+"""What a model must beat: baselines that learn next to nothing, from the very studies that a run used."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mmfm_core.config import Federation, Site, load_site
+from mmfm_core.data.dataset import Dataset, load_dataset
+from mmfm_core.data.manifest import read_manifest
+from mmfm_core.metrics.overlap import dice
+from mmfm_core.training.evaluation import measure
+from server.record import Run
+
+Reference = Callable[[Path, str, str, pd.DataFrame], float]
+"""From a run, a head, a metric and the run's own table of predictions to the baseline's figure."""
+
+
+def commonest_report(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
+    """The commonest report of all sites' training studies, whatever the image."""
+    federation = Run.open(run).federation
+    written = Counter(
+        study.targets[head]
+        for site in _sites(run)
+        for study in read_manifest(site, federation.model)
+        if study.split == "train" and head in study.targets
+    )
+    ((commonest, _),) = written.most_common(1)
+    return _value(federation, head, metric, table.assign(generated=commonest))
+
+
+def chance(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
+    """Five times what a random order finds."""
+    return 5 * _value(Run.open(run).federation, head, f"chance_at_{metric.rpartition('_')[2]}", table)
+
+
+def flair_threshold(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
+    """Lesions are where FLAIR exceeds a threshold: the one with the best mean Dice on training studies.
+
+    Intensities are normalised as the model sees them.
+    """
+    federation = Run.open(run).federation
+    datasets = [load_dataset(site, federation.model) for site in _sites(run)]
+    candidates = np.arange(0.0, 6.0, 0.1)
+    scores = [np.nanmean(list(_dice_above(datasets, head, "train", candidate))) for candidate in candidates]
+    best = float(candidates[int(np.nanargmax(scores))])
+    return float(np.nanmean(list(_dice_above(datasets, head, "test", best))))
+
+
+def _dice_above(datasets: list[Dataset], head: str, split: str, threshold: float) -> Iterator[float]:
+    for dataset in datasets:
+        batch = dataset.batch(dataset.rows(split, [head]))  # type: ignore[arg-type]
+        if len(batch):
+            found = (batch.inputs["flair"][:, 0] > threshold).long()
+            yield from dice(found, batch.targets[head].long(), 2)[:, 0].tolist()
+
+
+def unmoved(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
+    """Registration that does nothing."""
+    return _value(Run.open(run).federation, head, f"{metric}_before", table)
+
+
+def _value(federation: Federation, head: str, metric: str, table: pd.DataFrame) -> float:
+    value = measure(federation.model.heads[head], metric, table)[0]
+    return np.nan if value is None else value
+
+
+def _sites(run: Path) -> Iterator[Site]:
+    for path in sorted(run.glob("sites/*/site.yaml")):
+        yield load_site(path)
+
+
+REFERENCES: dict[str, Reference] = {
+    "commonest report": commonest_report,
+    "five times chance": chance,
+    "FLAIR threshold": flair_threshold,
+    "unmoved": unmoved,
+}

@@ -1,0 +1,186 @@
+"""Every example federation on real data, against what it must beat.
+
+    python benchmarks/tasks.py [--only cells nuclei] [--seeds 3] [--out runs/benchmarks/tasks]
+
+Runs `mmfm simulate` for every federation and seed (a finished run is kept, a killed one goes on) and writes
+`benchmarks/results/tasks.md`. A figure is of all sites' test patients together, or of the worst site where each site
+has to pass, for the model that each site ends with: mean over seeds, with a 95 % interval by bootstrap over patients of
+that mean. Where a target is a baseline, the baseline is computed here from the same test patients.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+from references import REFERENCES
+
+from mmfm_core.config import load_federation
+from mmfm_core.config.part import HeadConfig
+from mmfm_core.metrics.ranking import Floats
+from mmfm_core.metrics.statistic import Statistic, bootstrap
+from server.record import Run
+
+PROJECT = Path(__file__).parent.parent
+FEDERATIONS = PROJECT / "deploy" / "federations"
+
+
+SCRATCH = "from scratch + 0.03"
+"""The target of a document that pre-trains: the same one that does not, and three points."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One line of the table.
+
+    Attributes:
+        federation: a document in deploy/federations.
+        target: what the figure must reach, or the name of a baseline in `references.py` that it must pass.
+        each_site: whether every site must, and not only all patients together.
+    """
+
+    federation: str
+    head: str
+    metric: str
+    target: float | str
+    each_site: bool = False
+
+
+CLAIMS = (
+    Claim("mri-lesions", "lesions", "dice", "FLAIR threshold"),
+    Claim("nuclei", "nuclei", "dice", 0.85),
+    Claim("vessels", "vessels", "dice", 0.72, each_site=True),
+    Claim("cells", "cells", "map50", 0.60),
+    Claim("cxr-reports", "report", "bleu4", "commonest report"),
+    Claim("cxr-reports", "report", "rouge_l", "commonest report"),
+    Claim("cxr-reports", "report", "finding_f1", "commonest report"),
+    Claim("cxr-reports", "report", "distinct", 0.5),
+    Claim("cxr-retrieval", "match", "image_to_text_at_10", "five times chance"),
+    Claim("cxr-retrieval", "match", "text_to_image_at_10", "five times chance"),
+    Claim("scarce-labels", "pneumonia", "auroc", SCRATCH),
+    Claim("scarce-labels", "findings", "auroc", SCRATCH),
+)
+
+
+def main() -> None:
+    """Run what is missing, measure, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="federations; all of them where none is named")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/tasks"))
+    arguments = parser.parse_args()
+    lines = [
+        "# Every task on real data",
+        "",
+        f"`python benchmarks/tasks.py --seeds {arguments.seeds}`. Mean over seeds of the figure on test "
+        "patients, with its 95 % interval by bootstrap over patients; SD over seeds.",
+        "",
+        "| federation | task | figure | measured | SD | must reach | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    seeds = range(arguments.seeds)
+    for claim in CLAIMS:
+        if arguments.only and claim.federation not in arguments.only:
+            continue
+        document = FEDERATIONS / f"{claim.federation}.yaml"
+        if not document.exists():
+            continue
+        runs = [simulate(document, seed, arguments.out) for seed in seeds]
+        target = claim.target
+        if target == SCRATCH:
+            variant = without_pretraining(document, arguments.out)
+            target = figure_of(claim, [simulate(variant, seed, arguments.out) for seed in seeds]) + 0.03
+        lines.append(line_of(replace(claim, target=target), runs))
+        print(lines[-1], flush=True)
+    if not arguments.only:
+        (PROJECT / "benchmarks" / "results" / "tasks.md").write_text("\n".join(lines) + "\n")
+
+
+def without_pretraining(document: Path, out: Path) -> Path:
+    """The same document without the stages that train objectives alone."""
+    content = yaml.safe_load(document.read_text())
+    objectives = content["model"].pop("objectives")
+    content["stages"] = [stage for stage in content["stages"] if not stage["tasks"].keys() <= objectives.keys()]
+    variant = out / f"{document.stem}-scratch.yaml"
+    variant.write_text(yaml.safe_dump(content | {"name": variant.stem}, sort_keys=False))
+    return variant
+
+
+def figure_of(claim: Claim, runs: Sequence[Path]) -> float:
+    """The mean over seeds on all sites' test patients."""
+    head = load_federation(FEDERATIONS / f"{claim.federation}.yaml").model.heads[claim.head]
+    return figures(head, claim.metric, [predictions(run, claim.head) for run in runs])[0]
+
+
+def simulate(document: Path, seed: int, out: Path) -> Path:
+    """One run through the command, as a user would start it."""
+    run = out / f"{document.stem}-{seed}"
+    if not run.exists() or Run(run).facts.get("status") != "completed":
+        command = [str(Path(sys.executable).with_name("mmfm")), "simulate", str(document)]
+        command += ["--sites", str(FEDERATIONS / f"{document.stem.removesuffix('-scratch')}.sites.yaml")]
+        command += ["--run", str(run), "--seed", str(seed), "--no-baselines"]
+        subprocess.run([*command, *(["--resume"] if run.exists() else [])], check=True, stdout=subprocess.DEVNULL)
+    return run
+
+
+def line_of(claim: Claim, runs: Sequence[Path]) -> str:
+    """One line of the table."""
+    head = load_federation(FEDERATIONS / f"{claim.federation}.yaml").model.heads[claim.head]
+    tables = [predictions(run, claim.head) for run in runs]
+    groups = {"": tables}
+    if claim.each_site:
+        sites = list(tables[0]["site"].unique())
+        groups = {site: [t[t["site"] == site].reset_index(drop=True) for t in tables] for site in sites}
+    measured = {name: figures(head, claim.metric, group) for name, group in groups.items()}
+    worst, (value, low, high, deviation) = min(measured.items(), key=lambda item: item[1][0])
+    target = (
+        REFERENCES[claim.target](runs[0], claim.head, claim.metric, tables[0])
+        if isinstance(claim.target, str)
+        else claim.target
+    )
+    named = f"{claim.target}: {target:.3f}" if isinstance(claim.target, str) else f"{target:.2f}"
+    passed = "reached" if value >= target else "**missed**"
+    where = f" (worst site: {worst})" if worst else ""
+    return (
+        f"| {claim.federation} | {head.type} | {claim.metric}{where} | {value:.3f} [{low:.3f}, {high:.3f}] "
+        f"| {deviation:.3f} | {named} | {passed} |"
+    )
+
+
+def predictions(run: Path, head: str) -> pd.DataFrame:
+    """All sites' predictions on their test patients, of the model that each ends with."""
+    tables = []
+    for site in sorted((run / "sites").iterdir()):
+        paths = [site / "predictions" / f"{head}-{state}.csv" for state in ("adapted", "shared")]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is not None:
+            table = pd.read_csv(path, dtype={"study": str, "patient": str})
+            tables.append(table.assign(site=site.name, patient=site.name + "/" + table["patient"]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def figures(head: HeadConfig, metric: str, tables: Sequence[pd.DataFrame]) -> tuple[float, float, float, float]:
+    """Mean over seeds, its interval over patients, and the standard deviation over seeds."""
+    statistics = [head.statistic(metric, table) for table in tables]
+    each = [
+        float(s(np.ones((1, len(t))))[0]) if callable(s) else s or np.nan
+        for s, t in zip(statistics, tables, strict=True)
+    ]
+    deviation = float(np.std(each, ddof=1)) if len(each) > 1 else np.nan
+    if not all(callable(statistic) for statistic in statistics):
+        return float(np.mean(each)), np.nan, np.nan, deviation
+    return *bootstrap(mean_of_seeds(statistics), list(tables[0]["patient"])), deviation  # type: ignore[arg-type]
+
+
+def mean_of_seeds(statistics: Sequence[Callable[[Floats], Floats]]) -> Statistic:
+    """The mean of one statistic per seed, all at the same draws of patients."""
+    return lambda weights: np.mean([statistic(weights) for statistic in statistics], axis=0)
+
+
+if __name__ == "__main__":
+    main()
