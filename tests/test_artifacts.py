@@ -62,18 +62,14 @@ def test_another_file_than_the_pinned_one_is_refused_where_it_is_brought_and_whe
     with pytest.raises(MmfmError, match=r"is not the 'vocab\.txt' that the federation pins"):
         find(folder, artifact)
     (tmp_path / "vocab.txt").write_text("other pieces")
-    with pytest.raises(
-        MmfmError, match=rf"vocab\.txt: its sha256 is \w+, and the document pins {artifact.sha256}"
-    ):
+    with pytest.raises(MmfmError, match=rf"vocab\.txt: its sha256 is \w+, and the document pins {artifact.sha256}"):
         collect(model, tmp_path, tmp_path / "anew")
     assert not list((tmp_path / "anew").glob("*"))
 
 
 def test_a_missing_file_is_named_with_its_place(tmp_path: Path) -> None:
     artifact = Artifact(path="trunk.safetensors", sha256="0" * 64)
-    with pytest.raises(
-        MmfmError, match=r"needs 'trunk\.safetensors' \(sha256 0+\); put it at artifacts/0+ in"
-    ):
+    with pytest.raises(MmfmError, match=r"needs 'trunk\.safetensors' \(sha256 0+\); put it at artifacts/0+ in"):
         find(tmp_path, artifact)
 
 
