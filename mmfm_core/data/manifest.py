@@ -64,9 +64,7 @@ def read_manifest(site: Site, model: Model) -> list[Study]:
         if present:
             withheld = splits[index] == "train" and position_of(table.patients[index], "labelled") >= site.labelled
             labels = {
-                name: label
-                for name, values in targets.items()
-                if (label := values[index]) is not None and not withheld
+                name: label for name, values in targets.items() if (label := values[index]) is not None and not withheld
             }
             studies.append(
                 Study(table.row(index), table.studies[index], table.patients[index], splits[index], present, labels)

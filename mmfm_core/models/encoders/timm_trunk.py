@@ -94,7 +94,9 @@ class TrunkEncoder(Encoder):
         self.trunk = timm.create_model(
             config.architecture, pretrained=False, in_chans=self.shape[0], num_classes=0, **sized
         )
-        self.project = nn.Linear(self.trunk.num_features, model.dim)
+        width = self.trunk.num_features
+        # A convolutional network's last map has no common scale, and is far from centred after its ReLU.
+        self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, model.dim))
         self.grid = (config.grid, config.grid)
 
     def unused(self) -> list[str]:
