@@ -33,7 +33,7 @@ def one_of_several(metric: str, probabilities: Floats, targets: NDArray[np.int64
         return None
     if metric == "auroc":
         return lambda weights: auroc(probabilities, targets, weights)
-    return float(_POINT[metric](torch.from_numpy(probabilities).float(), torch.from_numpy(targets)))
+    return float(_POINT[metric](torch.tensor(probabilities).float(), torch.tensor(targets)))
 
 
 def _average_precision(probabilities: Tensor, targets: Tensor) -> Tensor:
