@@ -208,3 +208,12 @@ def test_the_scale_of_similarities_stays_below_a_hundred():
         temperature.log_scale.fill_(50.0)
     cosine: Tensor = torch.tensor([[0.5]])
     torch.testing.assert_close(temperature(cosine), torch.tensor([[50.0]]))
+
+
+def test_dropout_acts_in_training_alone():
+    model, batch = full_model(model_of(dropout=0.5), seed=0), pairs(["aa", "bb"])
+    torch.manual_seed(0)
+    drawn = [model.train().heads["match"](Encoding(model, batch)).text for _ in range(2)]
+    kept = [model.eval().heads["match"](Encoding(model, batch)).text for _ in range(2)]
+    assert not torch.allclose(*drawn, atol=1e-3)
+    torch.testing.assert_close(*kept)

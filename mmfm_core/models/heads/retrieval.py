@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,6 +35,8 @@ class Retrieval(HeadConfig):
         embed_dim: width of the common space.
         loss: 'clip' tells a batch's right pair from its others (Radford et al. 2021), 'siglip' judges each pair by
             itself (Zhai et al. 2023).
+        dropout: share of the encoders' mean vectors that is dropped in training. Few pairs are soon known by heart,
+            above all by a linear layer on a frozen trunk.
     """
 
     # A pair's loss is taken against the other studies of its batch.
@@ -53,6 +55,7 @@ class Retrieval(HeadConfig):
     encoders: tuple[Name, Name]
     embed_dim: PositiveInt = 128
     loss: Literal["clip", "siglip"] = "clip"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -145,12 +148,13 @@ class RetrievalHead(Head):
         super().__init__()
         self.name, self.encoders, self.kind = name, config.encoders, config.loss
         self.project = nn.ModuleList(nn.Linear(dim, config.embed_dim, bias=False) for _ in config.encoders)
+        self.dropout = nn.Dropout(config.dropout)
         self.temperature = Temperature(10.0, -10.0) if config.loss == "siglip" else Temperature(1 / 0.07, None)
 
     def forward(self, encoding: Encoding) -> Pairs:
         """Both embeddings of each study."""
         image, text = (
-            F.normalize(project(encoding.parts[name].mean()), dim=-1)
+            F.normalize(project(self.dropout(encoding.parts[name].mean())), dim=-1)
             for project, name in zip(self.project, self.encoders, strict=True)
         )
         ids = encoding.input(self.encoders[1])
