@@ -87,6 +87,11 @@ def byte_tokenizer() -> Tokenizer:
     )
 
 
+def _is_json(content: str) -> bool:
+    # By what it holds: a pinned file is named by its hash alone.
+    return re.match(r'\s*\{\s*"', content) is not None
+
+
 def wordpiece_tokenizer(path: Path) -> Tokenizer:
     """WordPiece ids from a `tokenizer.json` (tokenizers library) or a BERT `vocab.txt`, rows as [CLS] pieces [SEP].
 
@@ -96,7 +101,7 @@ def wordpiece_tokenizer(path: Path) -> Tokenizer:
         raise MmfmError(f"Vocabulary '{path}' was not found: give the path of a tokenizer.json or a BERT vocab.txt.")
     try:
         content = path.read_text("utf-8")
-        library = tokenizers.Tokenizer.from_str(content) if path.suffix == ".json" else _from_pieces(content)
+        library = tokenizers.Tokenizer.from_str(content) if _is_json(content) else _from_pieces(content)
     except Exception as error:  # the library raises bare exceptions
         raise MmfmError(
             f"Vocabulary '{path}' is neither a tokenizer.json of the tokenizers library nor a vocab.txt with one piece "
