@@ -101,7 +101,11 @@ def wordpiece_tokenizer(path: Path) -> Tokenizer:
         raise MmfmError(f"Vocabulary '{path}' was not found: give the path of a tokenizer.json or a BERT vocab.txt.")
     try:
         content = path.read_text("utf-8")
-        library = tokenizers.Tokenizer.from_str(content) if _is_json(content) else _from_pieces(content)
+        library = (
+            tokenizers.Tokenizer.from_str(content)
+            if path.suffix == ".json" or _is_json(content)
+            else _from_pieces(content)
+        )
     except Exception as error:  # the library raises bare exceptions
         raise MmfmError(
             f"Vocabulary '{path}' is neither a tokenizer.json of the tokenizers library nor a vocab.txt with one piece "
