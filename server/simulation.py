@@ -22,6 +22,9 @@ from server.sites import FEDERATION
 from server.workers import Job, work
 
 VERSIONS = ("mmfm", "flwr", "torch", "timm", "transformers")
+FEATURES = ".features"
+"""Beside the runs: the same images need not pass the same frozen trunk again in the next run. May be deleted."""
+
 PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True}
 
 
@@ -113,8 +116,13 @@ def load_documents(federation_file: Path, sites_file: Path) -> tuple[Federation,
     return federation, sites
 
 
-def prepare(directory: Path, federation: Federation, sites: Mapping[str, Site], **facts: Any) -> Run:
-    """Create a run, with one directory per site that holds its file and the document it approved."""
+def prepare(
+    directory: Path, federation: Federation, sites: Mapping[str, Site], features: Path | None = None, **facts: Any
+) -> Run:
+    """Create a run, with one directory per site that holds its file and the document it approved.
+
+    What frozen trunks make of the studies is kept in `features` where it is named, for all runs that share it.
+    """
     from client import gates
 
     run = Run.create(
@@ -128,10 +136,18 @@ def prepare(directory: Path, federation: Federation, sites: Mapping[str, Site], 
         folder = directory / "sites" / name
         write_text(folder / "site.yaml", dump(site))
         gates.approve(folder / "approved", federation)
-        if artifacts_of(federation.model) and not (folder / "artifacts").is_symlink():
-            (folder / "artifacts").symlink_to(os.path.relpath(directory / "artifacts", folder))
+        if artifacts_of(federation.model):
+            _link(folder / "artifacts", directory / "artifacts")
+        if features and federation.parameters.frozen:
+            _link(folder / "cache", features)
     run.update(status="prepared")
     return run
+
+
+def _link(link: Path, place: Path) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(os.path.relpath(place, link.parent))
 
 
 def _check_same(run: Run, federation: Federation, sites: Mapping[str, Site]) -> None:
@@ -164,11 +180,11 @@ def _chains(directory: Path, federation: Federation, sites: Mapping[str, Site], 
                 (all_in_one, baselines.pooled(federation, len(sites)), 1),
             ]
         )
-    left = []
+    left, features = [], directory.parent / FEATURES
     for chain in chains:
         for job, document, expected in chain:
             if not request.resume or Run(job.directory).facts.get("status") in (None, "preparing"):
-                prepare(job.directory, document, sites, engine=request.engine, expected_sites=expected)
+                prepare(job.directory, document, sites, features, engine=request.engine, expected_sites=expected)
                 collect(document.model, request.federation.parent, job.directory / "artifacts")
             elif Run(job.directory).facts["status"] != "completed":
                 Run(job.directory).update(status="prepared", cause=None)

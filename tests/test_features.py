@@ -24,6 +24,8 @@ from mmfm_core.models.encoders.vit import ImageEncoder
 from mmfm_core.models.model import MultimodalModel
 from mmfm_core.models.tasks import Encoding
 from mmfm_core.protocol import RoundReply, RoundRequest
+from server.record import Run
+from server.simulation import prepare
 
 TRUNKS = ["encoders.scan.vit.*", "encoders.scan.position.*", "encoders.note.bert.*"]
 
@@ -215,3 +217,15 @@ def test_a_site_that_keeps_features_answers_as_one_that_does_not(
         for metric, expected in zip(with_them.metrics, without.metrics, strict=True):
             assert metric.value == pytest.approx(expected.value, abs=5e-3), metric
         assert with_them.loss == pytest.approx(without.loss, rel=1e-3)
+
+
+def test_runs_beside_each_other_share_what_frozen_trunks_made(tmp_path: Path, computed: list[int]) -> None:
+    federation = frozen_trunks()
+    sites = write_sites(tmp_path / "data", {"north": ("scan", "note", "labs")})
+    for name in ("first", "second"):
+        computed.clear()
+        prepare(tmp_path / name, federation, sites, tmp_path / ".features", expected_sites=1)
+        Agent.open(tmp_path / name / "sites" / "north").participate(sha256(federation))
+        assert (sum(computed) > 0) == (name == "first")
+    Run(tmp_path / "second").delete()
+    assert list((tmp_path / ".features").iterdir()), "deleting a run leaves what others use"

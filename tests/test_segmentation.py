@@ -320,3 +320,24 @@ def test_loss_ignores_logits_of_a_study_without_a_mask():
     head.loss(logits, batch).sum().backward()
     assert logits.grad is not None and (logits.grad[3] == 0).all() and (logits.grad[:3] != 0).any()
     assert F.relu(head.loss(logits, batch))[3] == 0
+
+
+def test_what_a_table_decides_about_a_map_is_learned():
+    """The image shows where, the table says what: without the pooled state one in two foreground pixels is wrong."""
+    torch.manual_seed(0)
+    model = model_with("concat")
+    network = full_model(model, seed=0).train()
+    batch = random_batch(model)
+    seen = torch.rand(STUDIES, SIDE, SIDE) < 0.3
+    for name in ("t1", "flair"):
+        batch.inputs[name] = seen[:, None].float() + 0.1 * torch.randn(STUDIES, 1, SIDE, SIDE)
+    batch.inputs["age"] = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]])
+    batch.targets["lesions"] = torch.where(seen, torch.tensor([1, 2, 1, 2])[:, None, None], 0).to(torch.int16)
+    batch.usable["lesions"][:] = True
+    optimizer = torch.optim.AdamW(network.parameters(), 5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        network.losses(batch, ["lesions"])["lesions"].mean().backward()
+        optimizer.step()
+    drawn = network.eval()(batch, ["lesions"])["lesions"].argmax(1)
+    assert (drawn == batch.targets["lesions"])[seen].float().mean() > 0.95

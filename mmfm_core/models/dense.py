@@ -77,10 +77,11 @@ def read_map(path: Path, study: Study, model: Model, modalities: Sequence[str]) 
 class DenseDecoder(nn.Module):
     """Tokens and raw images to a map [B, out, *size], in 2D or 3D.
 
-    The tokens of a study's encoders are averaged over those present, joined with an earlier layer's, moved by the
-    pooled state, and doubled in resolution step by step. At each step the raw images join in through convolutions, as
-    in UNETR (Hatamizadeh et al. 2022) and TransUNet (Chen et al. 2021), since what is thinner than a patch is drawn
-    from them. An absent or dropped image is zero.
+    The tokens of a study's encoders are averaged over those present, joined with an earlier layer's, and doubled in
+    resolution step by step. At each step the raw images join in through convolutions, as in UNETR (Hatamizadeh et al.
+    2022) and TransUNet (Chen et al. 2021), since what is thinner than a patch is drawn from them. An absent or dropped
+    image is zero. The pooled state moves the features of all pixels alike, last: each step normalises over the image,
+    which would take it out again.
     """
 
     def __init__(self, model: Model, config: TaskConfig, out: int, width: int = WIDTH) -> None:
@@ -91,7 +92,8 @@ class DenseDecoder(nn.Module):
         dimensions, levels = len(size), patch.bit_length() - 1
         widths = [width * 2**level for level in range(levels)]
         inputs = [sum(self.channels.values()), *widths]
-        self.merge, self.pooled = nn.Linear(2 * model.dim, model.dim), nn.Linear(model.dim, model.dim)
+        self.merge = nn.Linear(2 * model.dim, model.dim)
+        self.norm, self.pooled = nn.LayerNorm(model.dim), nn.Linear(model.dim, width)
         self.down = nn.ModuleList(
             UnetrBasicBlock(dimensions, before, after, 3, 1 if level == 0 else 2, "instance", res_block=True)
             for level, (before, after) in enumerate(zip(inputs, widths, strict=False))
@@ -113,7 +115,7 @@ class DenseDecoder(nn.Module):
             for name, part in parts.items()
         )
         count = torch.stack(list(present.values())).sum(0).clamp(min=1)[:, None, None]
-        x = self.merge(tokens / count) + self.pooled(fused.pooled)[:, None]
+        x = self.merge(tokens / count)
         grid = next(iter(parts.values())).grid
         # Opacus reads the strides of a convolution's input wrongly unless they are contiguous.
         x = x.transpose(1, 2).reshape(len(x), x.shape[2], *grid).contiguous()
@@ -122,7 +124,8 @@ class DenseDecoder(nn.Module):
             skips.append(block(skips[-1]))
         for block, skip in zip(self.up, skips[:0:-1], strict=True):
             x = block(x, skip)
-        drawn: Tensor = self.out(x)
+        pooled: Tensor = self.pooled(self.norm(fused.pooled))
+        drawn: Tensor = self.out(torch.relu(x + pooled.reshape(*pooled.shape, *[1] * len(grid))))
         return drawn
 
     def _image(self, encoding: Encoding, present: dict[str, Tensor]) -> Tensor:

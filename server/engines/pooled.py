@@ -28,6 +28,9 @@ def simulate(run_directory: Path) -> None:
     run = Run.open(run_directory)
     folders = site_directories(run_directory / "sites")
     gates.approve(run_directory / "pooled" / "approved", run.federation)
+    cache = run_directory / "pooled" / "cache"
+    if (folders[0] / "cache").exists() and not cache.exists():
+        cache.symlink_to((folders[0] / "cache").resolve())
     simulate_with(
         run_directory,
         [Agent(run_directory / "pooled", "pooled", partial(_read_all, folders, run_directory / "artifacts"))],
