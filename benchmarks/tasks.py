@@ -56,6 +56,7 @@ CLAIMS = (
     Claim("nuclei", "nuclei", "dice", 0.85),
     Claim("vessels", "vessels", "dice", 0.72, each_site=True),
     Claim("cells", "cells", "map50", 0.60),
+    Claim("cxr-findings", "findings", "auroc", 0.724),
     Claim("cxr-reports", "report", "bleu4", "commonest report"),
     Claim("cxr-reports", "report", "rouge_l", "commonest report"),
     Claim("cxr-reports", "report", "finding_f1", "commonest report"),
