@@ -94,6 +94,17 @@ def test_boxes_are_scaled_from_the_stored_image_whatever_the_size_of_the_models(
     torch.testing.assert_close(data.everything.targets["shapes"][0], expected)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_boxes_may_be_lists_where_the_manifest_can_hold_them(tmp_path, kind):
+    there = site(tmp_path, [cell(("SQ", 12, 0, 24, 48))])
+    frame = pd.read_csv(there.manifest)
+    frame["boxes"] = frame["boxes"].map(json.loads)
+    stored = tmp_path / f"manifest.{kind}"
+    frame.to_parquet(stored) if kind == "parquet" else frame.to_json(stored, orient="records", lines=True)
+    data = load_dataset(there.model_copy(update={"manifest": stored}), model_with())
+    torch.testing.assert_close(data.everything.targets["shapes"][0], rows_of((0, 0.25, 0, 0.5, 1)))
+
+
 def test_an_empty_list_is_a_negative_and_an_empty_cell_is_unlabelled(tmp_path):
     data = load_dataset(site(tmp_path, ["[]", "", cell(("SQ", 1, 1, 9, 9))]), model_with())
     assert data.everything.usable["shapes"].tolist() == [True, False, True]
@@ -106,6 +117,8 @@ def test_an_empty_list_is_a_negative_and_an_empty_cell_is_unlabelled(tmp_path):
 def test_a_box_that_reaches_over_the_border_by_a_pixel_is_cut_there(tmp_path):
     data = load_dataset(site(tmp_path, [cell(("SQ", -1, -0.5, 24, SIDE + 1))]), model_with())
     torch.testing.assert_close(data.everything.targets["shapes"][0], rows_of((0, 0, 0, 0.5, 1)))
+    cut = "1 of 1 targets of 'shapes': boxes that reach over the image's border by a pixel were cut there"
+    assert data.notes == [cut]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ a document names them.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
     from mmfm_core.models.fusion.base import Fusion
     from mmfm_core.models.tasks import Head, Objective
     from mmfm_core.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A target that could be used only after a repair, which is counted: 'was cut at 128 tokens'."""
+
+    target: Tensor
+    repair: str
 
 
 class Part(Strict):
@@ -166,7 +175,7 @@ class HeadConfig(TaskConfig):
         """What stands where a study has no target; the shape and type of every target."""
         raise NotImplementedError
 
-    def decode(self, name: str, study: Study, model: Model, tokenizer: Tokenizer) -> Tensor:
+    def decode(self, name: str, study: Study, model: Model, tokenizer: Tokenizer) -> Tensor | Repaired:
         """The target that the head called `name` has for a study, as a tensor.
 
         Raises:

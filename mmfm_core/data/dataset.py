@@ -4,6 +4,7 @@ Where a modality is absent its row holds a neutral filler that no result may dep
 the row out would give each encoder its own batch size, and per-patient gradients would lose their patient.)
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmfm_core.config.modality import (
     VolumeModality,
 )
 from mmfm_core.config.model import Model
+from mmfm_core.config.part import Repaired
 from mmfm_core.config.site import Site, Split
 from mmfm_core.data.manifest import Study, read_manifest
 from mmfm_core.data.readers import read_image, read_volume
@@ -127,7 +129,8 @@ def load_dataset(site: Site, model: Model, artifacts: Path = NO_ARTIFACTS) -> Da
     targets, labelled = {}, {}
     for name in model.heads:
         if any(name in study.targets for study in studies):
-            targets[name] = _targets(site, studies, name, model, tokenizer)
+            targets[name], repairs = _targets(site, studies, name, model, tokenizer)
+            notes += repairs
             labelled[name] = torch.tensor([name in study.targets for study in studies])
     return Dataset(Batch(inputs, present, targets, usable(model, present, labelled)), studies, notes)
 
@@ -173,16 +176,23 @@ def concatenate(datasets: Sequence[Dataset], model: Model, artifacts: Path = NO_
     return Dataset(everything, studies, [note for d in datasets for note in d.notes])
 
 
-def _targets(site: Site, studies: list[Study], name: str, model: Model, tokenizer: Tokenizer) -> Tensor:
-    head = model.heads[name]
+def _targets(
+    site: Site, studies: list[Study], name: str, model: Model, tokenizer: Tokenizer
+) -> tuple[Tensor, list[str]]:
+    head, repairs = model.heads[name], Counter[str]()
     targets = head.unlabelled(model).repeat(len(studies), *[1] * head.unlabelled(model).ndim)
     for row, study in enumerate(studies):
         if name in study.targets:
             try:
-                targets[row] = head.decode(name, study, model, tokenizer)
+                decoded = head.decode(name, study, model, tokenizer)
             except MmfmError as error:
                 raise MmfmError(f"{site.manifest}, row {study.row}: the target of '{name}' {error}") from error
-    return targets
+            if isinstance(decoded, Repaired):
+                repairs[decoded.repair] += 1
+                decoded = decoded.target
+            targets[row] = decoded
+    of_all = f"of {sum(name in study.targets for study in studies)} targets of '{name}'"
+    return targets, [f"{count} {of_all}: {repair}" for repair, count in repairs.items()]
 
 
 def _images(

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pyarrow import parquet
 
@@ -210,7 +211,9 @@ READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
 
 
 def _text(cell: Any) -> str:
-    if pd.api.types.is_scalar(cell) and pd.isna(cell):
+    if isinstance(cell, list | dict | np.ndarray):  # JSON Lines and Parquet can hold what a CSV writes as JSON
+        cell = json.dumps(cell, default=np.ndarray.tolist)
+    if pd.isna(cell):
         return ""
     # Half a character, which JSON can hold where a text was cut, can be neither hashed nor tokenised.
     return plain(str(cell).encode(errors="replace").decode().strip())

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 
+from mmfm_core.config.part import Repaired
 from mmfm_core.config.site import Column
 from mmfm_core.config.strict import Cell, did_you_mean
 from mmfm_core.data.table import Table
@@ -81,10 +82,10 @@ def read_column(table: Table, column: Column, field: str, classes: Sequence[str]
     return studies
 
 
-def scaled(boxes: Sequence[Box], shape: Sequence[int], most: int) -> Tensor:
+def scaled(boxes: Sequence[Box], shape: Sequence[int], most: int) -> Tensor | Repaired:
     """Boxes as rows of class, x0, y0, x1, y1 in fractions of an image of `shape` (height, width); [most, 5].
 
-    Rows beyond the last box are PADDING. A box that reaches over the border by up to OVERHANG is cut there.
+    Rows beyond the last box are PADDING. A box that reaches over the border by up to OVERHANG is cut there: a repair.
 
     Raises:
         MmfmError: there are too many boxes, or one of them is outside the image, empty, or has its corners swapped.
@@ -92,16 +93,17 @@ def scaled(boxes: Sequence[Box], shape: Sequence[int], most: int) -> Tensor:
     if len(boxes) > most:
         raise MmfmError(f"has more boxes than the {most} of 'max_boxes'; raise it in the federation's document")
     rows = torch.full((most, 5), PADDING)
-    limit = np.array([shape[1], shape[0]] * 2, dtype=np.float64)
+    limit, cut = np.array([shape[1], shape[0]] * 2, dtype=np.float64), False
     for row, box in enumerate(boxes):
         corners = np.array(box.corners)
         if (corners < -OVERHANG).any() or (corners > limit + OVERHANG).any():
             raise MmfmError("has a box outside its image; give boxes in pixels of the stored image")
         corners = np.clip(corners, 0, limit)
+        cut |= not np.array_equal(corners, box.corners)
         if (corners[:2] >= corners[2:]).any():
             raise MmfmError("has a box without area; give boxes as x0, y0, x1, y1 with x0 < x1 and y0 < y1")
         rows[row] = torch.tensor([box.label, *corners / limit])
-    return rows
+    return Repaired(rows, "boxes that reach over the image's border by a pixel were cut there") if cut else rows
 
 
 def as_text(labels: Tensor, corners: Tensor, classes: Sequence[str], scores: Tensor | None = None) -> str:

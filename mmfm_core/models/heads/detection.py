@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from mmfm_core.config.model import Model
-from mmfm_core.config.part import HeadConfig
+from mmfm_core.config.part import HeadConfig, Repaired
 from mmfm_core.config.site import Column
 from mmfm_core.config.site import Mapping as SiteMapping
 from mmfm_core.config.strict import Cell, Name, did_you_mean
@@ -94,7 +94,7 @@ class Detection(HeadConfig):
         """Padding alone, [max_boxes, 5]."""
         return torch.full((self.max_boxes, 5), box.PADDING)
 
-    def decode(self, name: str, study: Study, model: Model, tokenizer: Tokenizer) -> Tensor:
+    def decode(self, name: str, study: Study, model: Model, tokenizer: Tokenizer) -> Tensor | Repaired:
         """Class, x0, y0, x1, y1 of each box in fractions of the image, and padding, [max_boxes, 5].
 
         Raises:
