@@ -144,7 +144,7 @@ def line_of(claim: Claim, runs: Sequence[Path]) -> str:
         if isinstance(claim.target, str)
         else claim.target
     )
-    named = f"{claim.target}: {target:.3f}" if isinstance(claim.target, str) else f"{target:.2f}"
+    named = f"{claim.target}: {target:.3f}" if isinstance(claim.target, str) else f"{target:.3g}"
     passed = "reached" if value >= target else "**missed**"
     where = f" (worst site: {worst})" if worst else ""
     return (
