@@ -123,7 +123,7 @@ class Agent:
         if this.stage:
             trained = [n for n, fate in p.fates.items() if fate != "frozen" and matches(n, this.stage.train)]
             with seeded(p.federation.seed, self.name, this.number):
-                loss = train(p.model, p.dataset, this.stage, trained)
+                loss = train(p.model, p.dataset, this.stage, trained, shared)
             after = arrays(p.model)
             if this.returns_tensors:
                 leaving = gates.releasable(after, [n for n in trained if n in shared])

@@ -1,11 +1,14 @@
 """Block-wise weighted averaging, one reply at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from mmfm_core.models.parameters import block_of
 from mmfm_core.storage import Tensors
+
+Step = Callable[[str, np.ndarray, np.ndarray], np.ndarray]
+"""From a tensor's name, its value and the sites' mean (float64) to its next value."""
 
 
 class BlockwiseMean:
@@ -32,9 +35,14 @@ class BlockwiseMean:
             self._sums[name] += np.multiply(tensor, weight, dtype=np.float64)
             self._weights[name] += weight
 
-    def apply_to(self, shared: Tensors) -> None:
-        """Replace the averaged entries of `shared`, in their own types; integer buffers are rounded. Ends the round."""
+    def apply_to(self, shared: Tensors, step: Step = lambda name, before, mean: mean) -> None:
+        """Move the averaged entries of `shared` to their means, in their own types. Ends the round.
+
+        `step` says where a tensor goes instead. Integer buffers are rounded means.
+        """
         for name in list(self._sums):
             mean = self._sums.pop(name) / self._weights.pop(name)
             kind = shared[name].dtype
+            if kind.kind == "f":
+                mean = step(name, shared[name], mean)
             shared[name] = np.asarray(np.rint(mean) if kind.kind in "iub" else mean).astype(kind)

@@ -62,10 +62,10 @@ class Coordinator:
         check_sites(self.federation, sites)
         for site, sentence in one_class_sites(self.federation, sites):
             self.run.tell(sentence, level="warning", site=site)
-        strategy = Strategy(self.federation, shared)
+        strategy = Strategy(self.federation, shared, self.run.moments())
         for this in rounds[done:]:
             self._round(strategy, this)
-            self.run.save_checkpoint(this.number, strategy.shared)
+            self.run.save_checkpoint(this.number, strategy.shared, strategy.optimizer.moments)
         self.run.update(status="completed", finished=time.time())
 
     def _needed(self, this: Round) -> int:

@@ -17,13 +17,15 @@ from mmfm_core.models.parameters import block_of, matches
 from mmfm_core.protocol import RoundReply, SiteDescription
 from mmfm_core.storage import Tensors
 from server.aggregation import BlockwiseMean
+from server.optimizer import ServerOptimizer
 
 
 class Strategy:
-    """Block-wise federated averaging of the shared tensors `shared`, which it owns and advances."""
+    """Block-wise aggregation of the shared tensors `shared`, which it owns and advances."""
 
-    def __init__(self, federation: Federation, shared: Tensors) -> None:
+    def __init__(self, federation: Federation, shared: Tensors, moments: Tensors | None = None) -> None:
         self.federation, self.shared = federation, shared
+        self.optimizer = ServerOptimizer(federation.aggregation.strategy, moments or {})
         self._mean = BlockwiseMean()
 
     def takes_part(self, site: SiteDescription, this: Round) -> bool:
@@ -51,8 +53,8 @@ class Strategy:
         self._mean.fold(reply.tensors, reply.weights)
 
     def advance(self) -> None:
-        """End the round: the folded mean becomes the shared state."""
-        self._mean.apply_to(self.shared)
+        """End the round: the shared state moves to, or towards, the folded mean."""
+        self._mean.apply_to(self.shared, self.optimizer.step)
 
     def void(self) -> None:
         """End the round without a result: the shared state stays."""

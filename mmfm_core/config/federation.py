@@ -1,6 +1,6 @@
 """The federation's document: one immutable text that says everything that will happen, and that a site approves."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -10,10 +10,10 @@ from mmfm_core.config.strict import Name, Strict, did_you_mean
 Fate = Literal["shared", "local", "frozen"]
 
 
-class AdamW(Strict):
-    """AdamW (Loshchilov & Hutter 2019); started afresh in every round, so that a site keeps no hidden state."""
+class Optimizer(Strict):
+    """AdamW (Loshchilov & Hutter 2019), or SGD without momentum; afresh in each round: a site keeps no hidden state."""
 
-    type: Literal["adamw"] = "adamw"
+    type: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
 
@@ -25,7 +25,12 @@ class Task(Strict):
 
 
 class Stage(Strict):
-    """Rounds with their own tasks and trainable parts; `federated: false` is adaptation at each site, sent nowhere."""
+    """Rounds with their own tasks and trainable parts; `federated: false` is adaptation at each site, sent nowhere.
+
+    Attributes:
+        train: patterns of what is trained.
+        proximal: mu of FedProx (Li et al. 2020): how strongly shared parameters are held to what the round began with.
+    """
 
     name: Name
     federated: bool = True
@@ -34,7 +39,8 @@ class Stage(Strict):
     batch_size: PositiveInt = 16
     tasks: dict[Name, Task] = Field(min_length=1)
     train: tuple[str, ...] = ("*",)
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizer = Optimizer()
+    proximal: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _adaptation_has_no_rounds(self) -> "Stage":
@@ -51,10 +57,38 @@ class Parameters(Strict):
     frozen: tuple[str, ...] = ()
 
 
+class FedAvg(Strict):
+    """The sites' mean is the next shared state (McMahan et al. 2017)."""
+
+    type: Literal["fedavg"] = "fedavg"
+
+
+class FedAdam(Strict):
+    """The sites' mean is where Adam steps to, at the coordinator (Reddi et al. 2021, algorithm 2).
+
+    Attributes:
+        lr: of the coordinator; near the size of a parameter's change in a round.
+        beta1, beta2: of the running means of a change and its square.
+        tau: the adaptivity; larger is nearer to FedAvg with momentum.
+    """
+
+    type: Literal["fedadam"]
+    lr: PositiveFloat = 0.01
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    tau: PositiveFloat = 1e-3
+
+
+class FedYogi(FedAdam):
+    """FedAdam whose running square forgets more slowly after large changes (Reddi et al. 2021, algorithm 2)."""
+
+    type: Literal["fedyogi"]  # type: ignore[assignment]
+
+
 class Aggregation(Strict):
     """How replies become the next shared state, and how long the coordinator waits (seconds)."""
 
-    strategy: Literal["fedavg"] = "fedavg"
+    strategy: Annotated[FedAvg | FedAdam | FedYogi, Field(discriminator="type")] = FedAvg()
     weight: Literal["studies_with_modality"] = "studies_with_modality"
     min_sites: PositiveInt = 2
     quorum_wait: PositiveFloat = 600.0
