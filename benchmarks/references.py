@@ -11,7 +11,8 @@ from mmfm_core.config import Federation, Site, load_site
 from mmfm_core.data.dataset import Dataset, load_dataset
 from mmfm_core.data.manifest import read_manifest
 from mmfm_core.metrics.overlap import dice
-from mmfm_core.training.evaluation import measure
+from mmfm_core.models.model import full_model
+from mmfm_core.training.evaluation import measure, predict
 from server.record import Run
 
 Reference = Callable[[Path, str, str, pd.DataFrame], float]
@@ -62,6 +63,16 @@ def unmoved(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
     return _value(Run.open(run).federation, head, f"{metric}_before", table)
 
 
+def affine(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
+    """Registration by an affine map alone: the same descent on each test pair, from the identity."""
+    federation = Run.open(run).federation
+    document = federation.model_dump(mode="json")
+    document["model"]["heads"][head]["transform"] = "affine"
+    model = Federation.model_validate(document).model
+    moved = [p.table for s in _sites(run) for p in predict(full_model(model, 0), load_dataset(s, model), "test")]
+    return _value(federation, head, metric, pd.concat(moved, ignore_index=True))
+
+
 def _value(federation: Federation, head: str, metric: str, table: pd.DataFrame) -> float:
     value = measure(federation.model.heads[head], metric, table)[0]
     return np.nan if value is None else value
@@ -73,6 +84,7 @@ def _sites(run: Path) -> Iterator[Site]:
 
 
 REFERENCES: dict[str, Reference] = {
+    "affine": affine,
     "commonest report": commonest_report,
     "five times chance": chance,
     "FLAIR threshold": flair_threshold,

@@ -158,7 +158,8 @@ def test_training_finds_a_known_shift_without_labels():
         network.losses(batch, ["align"])["align"].mean().backward()
         optimizer.step()
     network.eval()
-    field = network.heads["align"].displacement(network(batch, ["align"])["align"], (32, 32))
+    with torch.no_grad():
+        field = network.heads["align"].displacement(network(batch, ["align"])["align"], (32, 32))
     assert abs(float(field[:, 0][batch.inputs["fixed"][:, 0] > 0.3].mean()) - 2) < 0.5
 
 
