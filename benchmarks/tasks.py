@@ -2,10 +2,11 @@
 
     python benchmarks/tasks.py [--only cells nuclei] [--seeds 3] [--out runs/benchmarks/tasks]
 
-Runs `mmfm simulate` for every federation and seed (a finished run is kept, a killed one goes on) and writes
-`benchmarks/results/tasks.md`. A figure is of all sites' test patients together, or of the worst site where each site
-has to pass, for the model that each site ends with: mean over seeds, with a 95 % interval by bootstrap over patients of
-that mean. Where a target is a baseline, the baseline is computed here from the same test patients.
+Runs `mmfm simulate` for every federation and seed (a finished run is kept, a killed one goes on) and writes its lines
+of `benchmarks/results/tasks.md`; those of federations that were not asked for stay. A figure is of all sites' test
+patients together, or of the worst site where each site has to pass, for the model that each site ends with: mean over
+seeds, with a 95 % interval by bootstrap over patients of that mean. Where a target is a baseline, the baseline is
+computed here from the same test patients.
 """
 
 import argparse
@@ -29,6 +30,15 @@ from server.record import Run
 PROJECT = Path(__file__).parent.parent
 FEDERATIONS = PROJECT / "deploy" / "federations"
 
+
+RESULTS = PROJECT / "benchmarks" / "results" / "tasks.md"
+HEADER = """# Every task on real data
+
+`python benchmarks/tasks.py`: mean over seeds of the figure on test patients, with its 95 % interval by bootstrap over
+patients, and SD over seeds. `--only NAME` measures one federation anew.
+
+| federation | figure | task | measured | SD | seeds | must reach | |
+|---|---|---|---|---|---|---|---|"""
 
 SCRATCH = "from scratch + 0.03"
 """The target of a document that pre-trains: the same one that does not, and three points."""
@@ -75,18 +85,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/tasks"))
     arguments = parser.parse_args()
-    lines = [
-        "# Every task on real data",
-        "",
-        f"`python benchmarks/tasks.py --seeds {arguments.seeds}`. Mean over seeds of the figure on test "
-        "patients, with its 95 % interval by bootstrap over patients; SD over seeds.",
-        "",
-        "| federation | task | figure | measured | SD | must reach | |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    earlier = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
+    lines = []
     seeds = range(arguments.seeds)
     for claim in CLAIMS:
         if arguments.only and claim.federation not in arguments.only:
+            lines += [line for line in earlier if line.startswith(prefix_of(claim))]
             continue
         document = FEDERATIONS / f"{claim.federation}.yaml"
         if not document.exists():
@@ -98,8 +102,12 @@ def main() -> None:
             target = figure_of(claim, [simulate(variant, seed, arguments.out) for seed in seeds]) + 0.03
         lines.append(line_of(replace(claim, target=target), runs))
         print(lines[-1], flush=True)
-    if not arguments.only:
-        (PROJECT / "benchmarks" / "results" / "tasks.md").write_text("\n".join(lines) + "\n")
+    RESULTS.write_text("\n".join([HEADER, *lines]) + "\n")
+
+
+def prefix_of(claim: Claim) -> str:
+    """How a claim's line begins."""
+    return f"| {claim.federation} | {claim.head} {claim.metric} "
 
 
 def without_pretraining(document: Path, out: Path) -> Path:
@@ -146,10 +154,10 @@ def line_of(claim: Claim, runs: Sequence[Path]) -> str:
     )
     named = f"{claim.target}: {target:.3f}" if isinstance(claim.target, str) else f"{target:.3g}"
     passed = "reached" if value >= target else "**missed**"
-    where = f" (worst site: {worst})" if worst else ""
+    where = f"(worst site: {worst}) " if worst else ""
     return (
-        f"| {claim.federation} | {head.type} | {claim.metric}{where} | {value:.3f} [{low:.3f}, {high:.3f}] "
-        f"| {deviation:.3f} | {named} | {passed} |"
+        f"{prefix_of(claim)}{where}| {head.type} | {value:.3f} [{low:.3f}, {high:.3f}] "
+        f"| {deviation:.3f} | {len(runs)} | {named} | {passed} |"
     )
 
 

@@ -80,6 +80,10 @@ def test_what_no_site_sent_keeps_its_value_and_its_moments() -> None:
     np.testing.assert_array_equal(optimizer.moments["second/heads.y.bias"], known)
 
 
+def test_a_strategys_name_alone_stands_for_its_defaults() -> None:
+    assert Aggregation.model_validate({"strategy": "fedadam"}).strategy == FedAdam(type="fedadam")
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_moments_it_had(tmp_path: Path) -> None:
     federation = tiny_federation(aggregation=Aggregation(strategy={"type": "fedadam", "lr": 0.01}, min_sites=2))

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from mmfm_core.config.model import Model
 from mmfm_core.config.strict import Name, Strict, did_you_mean
@@ -85,10 +85,17 @@ class FedYogi(FedAdam):
     type: Literal["fedyogi"]  # type: ignore[assignment]
 
 
+def _with_defaults(strategy: object) -> object:
+    """A name alone stands for the strategy with its defaults."""
+    return {"type": strategy} if isinstance(strategy, str) else strategy
+
+
 class Aggregation(Strict):
     """How replies become the next shared state, and how long the coordinator waits (seconds)."""
 
-    strategy: Annotated[FedAvg | FedAdam | FedYogi, Field(discriminator="type")] = FedAvg()
+    strategy: Annotated[
+        Annotated[FedAvg | FedAdam | FedYogi, Field(discriminator="type")], BeforeValidator(_with_defaults)
+    ] = FedAvg()
     weight: Literal["studies_with_modality"] = "studies_with_modality"
     min_sites: PositiveInt = 2
     quorum_wait: PositiveFloat = 600.0
