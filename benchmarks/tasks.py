@@ -66,6 +66,8 @@ CLAIMS = (
     Claim("nuclei", "nuclei", "dice", 0.85),
     Claim("vessels", "vessels", "dice", 0.72, each_site=True),
     Claim("cells", "cells", "map50", 0.60),
+    Claim("brains-2d", "align", "dice", "unmoved"),
+    Claim("brains-2d", "align", "dice", "affine"),
     Claim("cxr-findings", "findings", "auroc", 0.724),
     Claim("cxr-reports", "report", "bleu4", "commonest report"),
     Claim("cxr-reports", "report", "rouge_l", "commonest report"),
@@ -90,7 +92,7 @@ def main() -> None:
     seeds = range(arguments.seeds)
     for claim in CLAIMS:
         if arguments.only and claim.federation not in arguments.only:
-            lines += [line for line in earlier if line.startswith(prefix_of(claim))]
+            lines += [line for line in earlier if line.startswith(prefix_of(claim)) and line not in lines]
             continue
         document = FEDERATIONS / f"{claim.federation}.yaml"
         if not document.exists():
