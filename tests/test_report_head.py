@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmfm_core.config.model import Model
+from mmfm_core.config.part import Repaired
 from mmfm_core.config.site import Site
 from mmfm_core.data.dataset import Batch, load_dataset
 from mmfm_core.data.manifest import Study
@@ -41,7 +42,7 @@ def model_of(**changes: object) -> Model:
     )
 
 
-def decoded(text: str, model: Model, tokenizer: Tokenizer) -> Tensor:
+def decoded(text: str, model: Model, tokenizer: Tokenizer) -> Tensor | Repaired:
     study = Study(row=2, study="s", patient="p", split="train", inputs={}, targets={"report": text})
     return model.heads["report"].decode("report", study, model, tokenizer)
 
@@ -199,8 +200,10 @@ def test_wordpiece_reports_start_once_and_a_longer_one_is_cut_with_its_end(tmp_p
     ids = decoded("the heart", config, tokenizer)
     expected = [tokenizer.start_id, *tokenizer.encode("the heart"), tokenizer.end_id]
     assert ids.tolist() == expected + [NOTHING] * (5 - len(expected))
-    cut = decoded("the heart is large the lungs", config, tokenizer).tolist()
-    assert cut == [tokenizer.start_id, *tokenizer.encode("the heart is"), tokenizer.end_id]
+    cut = decoded("the heart is large the lungs", config, tokenizer)
+    assert isinstance(cut, Repaired), "or nobody would count it"
+    assert cut.repair == "reports longer than 5 tokens were cut"
+    assert cut.target.tolist() == [tokenizer.start_id, *tokenizer.encode("the heart is"), tokenizer.end_id]
 
 
 @pytest.mark.parametrize("text", ["心臓", "\N{ZERO WIDTH SPACE}"])

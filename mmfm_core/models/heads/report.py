@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from mmfm_core.config.model import Model
-from mmfm_core.config.part import HeadConfig
+from mmfm_core.config.part import HeadConfig, Repaired
 from mmfm_core.config.site import Column
 from mmfm_core.config.site import Mapping as SiteMapping
 from mmfm_core.data.dataset import Batch
@@ -73,8 +73,8 @@ class Report(HeadConfig):
         """Nothing, in every place of a report."""
         return torch.full((self.max_length,), NOTHING)
 
-    def decode(self, name: str, study: Study, model: Model, tokenizer: Tokenizer) -> Tensor:
-        """Ids [max_length]: the start token, the report's own, the end token, `NOTHING`."""
+    def decode(self, name: str, study: Study, model: Model, tokenizer: Tokenizer) -> Tensor | Repaired:
+        """Ids [max_length]: the start token, the report's own, the end token, `NOTHING`. A longer one is cut."""
         text = study.targets[name]
         if tokenizer.special.issuperset(tokenizer.encode(text)):
             raise MmfmError(
@@ -82,8 +82,9 @@ class Report(HeadConfig):
                 "language"
             )
         start = [] if tokenizer.prefix else [tokenizer.start_id]
-        ids = tokenizer.ids([text], self.max_length - len(start))[0][0]
-        return torch.cat([torch.tensor(start, dtype=ids.dtype), ids.masked_fill(ids == tokenizer.pad_id, NOTHING)])
+        (ids,), cut = tokenizer.ids([text], self.max_length - len(start))
+        target = torch.cat([torch.tensor(start, dtype=ids.dtype), ids.masked_fill(ids == tokenizer.pad_id, NOTHING)])
+        return Repaired(target, f"reports longer than {self.max_length} tokens were cut") if cut else target
 
     def build(self, model: Model, name: str, artifacts: Path) -> "ReportHead":
         """The head, with random weights."""
