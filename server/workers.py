@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -85,6 +86,7 @@ def start(jobs: Sequence[Job]) -> BaseProcess:
     # A daemon, so that whatever ends the command early ends its workers too. Ctrl-C reaches a whole terminal, and only
     # the command is to answer it: a worker inherits that it does not listen, from its first moment.
     process = multiprocessing.get_context("spawn").Process(target=_main, args=(jobs,), daemon=True)
+    resource_tracker.ensure_running()  # which the first start would do, and unblock the signal thereby
     listening = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process.start()
     signal.pthread_sigmask(signal.SIG_SETMASK, listening)
