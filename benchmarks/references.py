@@ -34,7 +34,7 @@ def commonest_report(run: Path, head: str, metric: str, table: pd.DataFrame) -> 
 
 def chance(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
     """Five times what a random order finds."""
-    return 5 * _value(Run.open(run).federation, head, f"chance_at_{metric.rpartition('_')[2]}", table)
+    return 5 * _value(Run.open(run).federation, head, metric.replace("_at_", "_chance_at_"), table)
 
 
 def flair_threshold(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:

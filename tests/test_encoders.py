@@ -12,7 +12,7 @@ from torch import Tensor
 from mmfm_core.config.model import Model
 from mmfm_core.data.dataset import Batch
 from mmfm_core.errors import MmfmError
-from mmfm_core.models.encoders.base import Encoder
+from mmfm_core.models.encoders.base import Encoder, FeatureDropout
 from mmfm_core.models.encoders.timm_trunk import TrunkEncoder
 from mmfm_core.models.encoders.vit3d import VolumeEncoder
 from mmfm_core.models.model import MultimodalModel, full_model
@@ -143,6 +143,31 @@ def test_a_frozen_trunk_has_no_dropout_and_a_trained_one_has() -> None:
     encoder.bert.requires_grad_(False)
     encoder.train()
     assert torch.equal(encoder.features(ids), encoder.features(ids))
+
+
+def test_dropout_takes_a_feature_from_all_tokens_of_a_study_and_in_training_alone() -> None:
+    drop = FeatureDropout(0.5)
+    taken = drop(torch.ones(200, 6, 40)) == 0
+    assert torch.equal(taken, taken[:, :1].expand_as(taken))  # the same features in every token
+    assert not torch.equal(taken[0], taken[1])
+    assert abs(taken[:, 0].float().mean() - 0.5) < 4 * (0.25 / 8000) ** 0.5
+    assert torch.equal(drop.eval()(torch.ones(2, 6, 40)), torch.ones(2, 6, 40))
+
+
+@pytest.mark.parametrize("name", ["scan", "note"])
+def test_a_frozen_trunks_features_are_dropped_behind_it(name: str) -> None:
+    model = images(64, architecture="tf_efficientnet_lite0", grid=2, dropout=0.5).model_dump(mode="json")
+    model["encoders"]["note"]["dropout"] = 0.5
+    encoder = full_model(Model.model_validate(model), seed=0).encoders[name]
+    assert isinstance(encoder, Encoder)
+    (encoder.trunk if name == "scan" else encoder.bert).requires_grad_(False)
+    x = torch.randn(STUDIES, 1, 64, 64) if name == "scan" else torch.randint(3, 259, (STUDIES, 24))
+    kept = encoder.eval().features(x)
+    encoder.train()
+    assert torch.equal(encoder.features(x), kept)
+    assert not torch.allclose(encoder(x, kept).x, encoder(x, kept).x)
+    encoder.eval()
+    assert torch.equal(encoder(x, kept).x, encoder(x, kept).x)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -119,7 +119,8 @@ def test_planted_pairs_are_found_in_both_directions(loss):
     table = table_of(trained(model, batch, steps=120), batch)
     for metric in ("recall_at_1", "recall_at_10", "image_to_text_at_10", "text_to_image_at_10", "mrr"):
         assert value(config, metric, table) > 0.9, metric
-    assert value(config, "chance_at_10", table) == pytest.approx(10 / 24)
+    for direction in ("image_to_text", "text_to_image"):
+        assert value(config, f"{direction}_chance_at_10", table) == pytest.approx(10 / 24)
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
@@ -208,12 +209,3 @@ def test_the_scale_of_similarities_stays_below_a_hundred():
         temperature.log_scale.fill_(50.0)
     cosine: Tensor = torch.tensor([[0.5]])
     torch.testing.assert_close(temperature(cosine), torch.tensor([[50.0]]))
-
-
-def test_dropout_acts_in_training_alone():
-    model, batch = full_model(model_of(dropout=0.5), seed=0), pairs(["aa", "bb"])
-    torch.manual_seed(0)
-    drawn = [model.train().heads["match"](Encoding(model, batch)).text for _ in range(2)]
-    kept = [model.eval().heads["match"](Encoding(model, batch)).text for _ in range(2)]
-    assert not torch.allclose(*drawn, atol=1e-3)
-    torch.testing.assert_close(*kept)

@@ -1,4 +1,8 @@
-"""Retrieval between two modalities of the same studies, in both directions."""
+"""Retrieval between two modalities of the same studies, in both directions.
+
+Texts that are the same are one text: among the candidates it stands once (a search that lists it ten times over has
+found one), and as a query it asks once, however many studies share it.
+"""
 
 from collections.abc import Sequence
 from math import comb
@@ -8,17 +12,29 @@ import numpy as np
 from torch import Tensor
 
 from mmfm_core.metrics.ranking import Floats
-from mmfm_core.metrics.statistic import Statistic, mean_of
+from mmfm_core.metrics.statistic import Statistic, ratio_of
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (torchmetrics imports torchvision)
 
 from torchmetrics.functional import pairwise_cosine_similarity  # isort: skip
 
 
-class Ranks(NamedTuple):
-    """Of each study [N], the rank (1 is best) of the first right match, in either direction."""
+class Direction(NamedTuple):
+    """One direction of a search.
 
-    image_to_text: Floats
-    text_to_image: Floats
+    Attributes:
+        ranks: [N], of each study's query the rank (1 is best) of the first right candidate.
+        queries: [N], how much of a query each study is: 1, or one over the number of studies that share its text.
+    """
+
+    ranks: Floats
+    queries: Floats
+
+
+class Both(NamedTuple):
+    """The images' search among the texts, and the texts' among the images."""
+
+    image_to_text: Direction
+    text_to_image: Direction
 
 
 def similarity(images: Tensor, texts: Tensor) -> Floats:
@@ -27,41 +43,50 @@ def similarity(images: Tensor, texts: Tensor) -> Floats:
     return result
 
 
-def ranks(similarities: Floats, groups: Sequence[str] | None = None) -> Ranks:
-    """Rank of the first right match of every image among all texts, and of every text among all images.
+def search(similarities: Floats, texts: Sequence[str]) -> Both:
+    """Every image's search among the distinct texts, and every distinct text's among the images.
 
     Pessimistic: a wrong candidate that ties with the right one comes before it, so that a model which says the same of
     every study does not look good; a similarity that is not a number counts as such a tie.
 
     Args:
         similarities: [N, N], the image of study i with the text of study j.
-        groups: [N]; texts of one group are identical, so each of them is right for each of their images. None: no two
-            are identical.
+        texts: [N]; equal where studies have the same text. Each of their images is right for it.
     """
-    _, group = np.unique(np.arange(len(similarities)) if groups is None else np.asarray(groups), return_inverse=True)
-    right = group[:, None] == group[None, :]
-    return Ranks(_first_right(similarities, right), _first_right(similarities.T, right))
+    _, first, text, sizes = np.unique(np.asarray(texts), return_index=True, return_inverse=True, return_counts=True)
+    right = text[:, None] == text[None, :]
+    return Both(
+        Direction(_first_right(similarities[:, first], right[:, first]), np.ones(len(text))),
+        Direction(_first_right(similarities.T, right), 1 / sizes[text]),
+    )
 
 
-def recall_at(k: int, ranks_of_studies: Floats) -> Statistic:
-    """Share of studies whose right match is among the first `k` of all candidates, from ranks [N].
+def recall_at(k: int, direction: Direction) -> Statistic:
+    """Share of queries whose right match is among the first `k` of all candidates.
 
-    Weights weigh the queries; the candidates they are ranked against stay all N.
+    Weights weigh the queries; the candidates they are ranked against stay.
     """
-    return mean_of((ranks_of_studies <= k).astype(float))
+    return ratio_of((direction.ranks <= k) * direction.queries, direction.queries)
 
 
-def reciprocal_rank(ranks_of_studies: Floats) -> Statistic:
-    """Mean reciprocal rank, from ranks [N] (Voorhees, TREC-8, 1999)."""
-    return mean_of(1 / ranks_of_studies)
+def reciprocal_rank(direction: Direction) -> Statistic:
+    """Mean reciprocal rank (Voorhees, TREC-8, 1999)."""
+    return ratio_of(direction.queries / direction.ranks, direction.queries)
 
 
-def chance_recall_at(k: int, groups: Sequence[str]) -> float:
-    """Recall@k of a random order, in closed form: a query with g right ones among N misses by C(N-g, k) / C(N, k)."""
-    count = len(groups)
-    _, group, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-    found = [1 - comb(count - int(size), k) / comb(count, k) if k < count else 1.0 for size in sizes]
-    return float(np.mean(np.asarray(found)[group]))
+def chance_recall_at(k: int, texts: Sequence[str]) -> tuple[float, float]:
+    """Recall@k of a random order in closed form, in both directions.
+
+    A query with g right ones among N misses by C(N-g, k) / C(N, k). An image has one right text among the distinct
+    ones, and a text the images of all studies that share it. Arguments as of `search`.
+    """
+    _, sizes = np.unique(np.asarray(texts), return_counts=True)
+    of_texts = [_chance(k, int(size), len(texts)) for size in sizes]
+    return _chance(k, 1, len(sizes)), float(np.mean(of_texts))
+
+
+def _chance(k: int, right: int, candidates: int) -> float:
+    return 1 - comb(candidates - right, k) / comb(candidates, k) if k < candidates else 1.0
 
 
 def _first_right(similarities: Floats, right: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Floats:

@@ -68,3 +68,11 @@ class Encoder(nn.Module, ABC):
         weight = self.modality_embedding.weight
         tokens = self.tokens(self.features(x) if features is None else features.to(weight.dtype), x)
         return replace(tokens, x=tokens.x + learned(self.modality_embedding, len(x)))
+
+
+class FeatureDropout(nn.Dropout1d):
+    """Drops a feature in all tokens of a study at once: from a mean over tokens, draws of each token would vanish."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., N, W] -> [..., N, W]."""
+        return super().forward(x.transpose(-1, -2)).transpose(-1, -2)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -13,7 +13,7 @@ from mmfm_core.config.model import Artifact, Model
 from mmfm_core.config.part import EncoderConfig
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.encoders import pretrained
-from mmfm_core.models.encoders.base import Encoder
+from mmfm_core.models.encoders.base import Encoder, FeatureDropout
 from mmfm_core.models.encoders.vit import check_transformer
 from mmfm_core.models.tokens import Tokens
 from mmfm_core.text import Tokenizer, open_tokenizer
@@ -27,6 +27,8 @@ class Bert(EncoderConfig):
     Attributes:
         depth: layers, 4 if not given; a checkpoint says its own.
         heads: attention heads, 3 if not given; a checkpoint says its own.
+        dropout: share of the trunk's features that what follows it does not see in training. On a frozen trunk, few
+            studies are soon known by heart.
         pretrained: a folder as `save_pretrained` writes it, of a BERT with the document's vocabulary. Where its width
             is not the model's, a linear layer follows it.
     """
@@ -36,6 +38,7 @@ class Bert(EncoderConfig):
     type: Literal["bert"]
     depth: PositiveInt | None = None
     heads: PositiveInt | None = None
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     pretrained: Artifact | None = None
 
     def check(self, model: Model, name: str) -> None:
@@ -52,7 +55,7 @@ class Bert(EncoderConfig):
         modality = cast(TextModality, model.modalities[name])
         tokenizer = open_tokenizer(model.tokenizer, artifacts)
         if self.pretrained is None:
-            return TextEncoder(model.dim, self._random(model.dim, modality, tokenizer), tokenizer)
+            return TextEncoder(model.dim, self._random(model.dim, modality, tokenizer), tokenizer, self.dropout)
         field = f"model.encoders.{name}.pretrained"
         bert = pretrained.bert(artifacts, self.pretrained, field)
         if modality.max_length > bert.config.max_position_embeddings:
@@ -67,7 +70,7 @@ class Bert(EncoderConfig):
                 f"{bert.config.pad_token_id}, and model.tokenizer {tokenizer.size} and {tokenizer.pad_id}; name the "
                 "vocabulary that the checkpoint was made with"
             )
-        return TextEncoder(model.dim, bert, tokenizer)
+        return TextEncoder(model.dim, bert, tokenizer, self.dropout)
 
     def _random(self, dim: int, modality: TextModality, tokenizer: Tokenizer) -> BertModel:
         config = BertConfig(
@@ -85,10 +88,12 @@ class Bert(EncoderConfig):
 class TextEncoder(Encoder):
     """Token ids through a BERT encoder."""
 
-    def __init__(self, dim: int, bert: BertModel, tokenizer: Tokenizer) -> None:
+    def __init__(self, dim: int, bert: BertModel, tokenizer: Tokenizer, dropout: float) -> None:
         super().__init__(dim)
         self.pad_id, self.bert = tokenizer.pad_id, bert
-        self.project = nn.Identity() if bert.config.hidden_size == dim else nn.Linear(bert.config.hidden_size, dim)
+        width = bert.config.hidden_size
+        to_model: nn.Module = nn.Identity() if width == dim else nn.Linear(width, dim)
+        self.project = nn.Sequential(FeatureDropout(dropout), to_model)
 
     def features(self, x: Tensor) -> Tensor:
         """[B, L] ids -> [B, 1, longest text in the batch, W]."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 import timm
 import torch
-from pydantic import AfterValidator, PositiveInt, StringConstraints
+from pydantic import AfterValidator, Field, PositiveInt, StringConstraints
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,7 +16,7 @@ from mmfm_core.config.part import EncoderConfig
 from mmfm_core.config.strict import Name, did_you_mean
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.encoders import pretrained
-from mmfm_core.models.encoders.base import Encoder
+from mmfm_core.models.encoders.base import Encoder, FeatureDropout
 from mmfm_core.models.tokens import Tokens
 
 
@@ -40,6 +40,8 @@ class TimmTrunk(EncoderConfig):
         channels: image modalities of one size, stacked as input channels; the encoder's own modality where none.
         architecture: its name in timm.
         grid: tokens along each side, averaged from the trunk's own map (`adaptive_avg_pool2d`).
+        dropout: share of the trunk's features that the linear layer behind it does not see in training. On a frozen
+            trunk, few studies are soon known by heart.
         pretrained: its safetensors state dict under timm's names. Input channels, and sides of a transformer, may
             differ from the file's.
     """
@@ -50,6 +52,7 @@ class TimmTrunk(EncoderConfig):
     channels: tuple[Name, ...] = ()
     architecture: Architecture
     grid: PositiveInt = 7
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     pretrained: Artifact | None = None
 
     def inputs(self, name: str) -> tuple[str, ...]:
@@ -96,7 +99,7 @@ class TrunkEncoder(Encoder):
         )
         width = self.trunk.num_features
         # A convolutional network's last map has no common scale, and is far from centred after its ReLU.
-        self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, model.dim))
+        self.project = nn.Sequential(nn.LayerNorm(width), FeatureDropout(config.dropout), nn.Linear(width, model.dim))
         self.grid = (config.grid, config.grid)
 
     def unused(self) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +20,7 @@ from mmfm_core.config.strict import Name
 from mmfm_core.data.dataset import Batch
 from mmfm_core.data.table import Table
 from mmfm_core.errors import MmfmError
-from mmfm_core.metrics.retrieval import chance_recall_at, ranks, recall_at, reciprocal_rank, similarity
+from mmfm_core.metrics.retrieval import chance_recall_at, recall_at, reciprocal_rank, search, similarity
 from mmfm_core.metrics.statistic import Statistic, macro
 from mmfm_core.models.tasks import Encoding, Head
 
@@ -35,8 +35,6 @@ class Retrieval(HeadConfig):
         embed_dim: width of the common space.
         loss: 'clip' tells a batch's right pair from its others (Radford et al. 2021), 'siglip' judges each pair by
             itself (Zhai et al. 2023).
-        dropout: share of the encoders' mean vectors that is dropped in training. Few pairs are soon known by heart,
-            above all by a linear layer on a frozen trunk.
     """
 
     # A pair's loss is taken against the other studies of its batch.
@@ -48,14 +46,14 @@ class Retrieval(HeadConfig):
         "recall_at_1",
         "recall_at_5",
         "mrr",
-        "chance_at_10",
+        "image_to_text_chance_at_10",
+        "text_to_image_chance_at_10",
     )
 
     type: Literal["retrieval"]
     encoders: tuple[Name, Name]
     embed_dim: PositiveInt = 128
     loss: Literal["clip", "siglip"] = "clip"
-    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -94,13 +92,13 @@ class Retrieval(HeadConfig):
 
     def statistic(self, metric: str, table: pd.DataFrame) -> Statistic | float | None:
         """See `mmfm_core.metrics.retrieval`; candidates are the table's studies, and figures the mean of directions."""
-        groups = list(table["group"])
-        if not groups:
+        texts = list(table["group"])
+        if not texts:
             return None
-        if metric == "chance_at_10":
-            return chance_recall_at(10, groups)
-        images, texts = (torch.tensor([json.loads(cell) for cell in table[side]]) for side in ("image", "text"))
-        both = ranks(similarity(images, texts), groups)
+        if "chance" in metric:
+            return chance_recall_at(10, texts)[metric.startswith("text")]
+        embedded = (torch.tensor([json.loads(cell) for cell in table[side]]) for side in ("image", "text"))
+        both = search(similarity(*embedded), texts)
         match metric:
             case "image_to_text_at_10":
                 return recall_at(10, both.image_to_text)
@@ -148,13 +146,12 @@ class RetrievalHead(Head):
         super().__init__()
         self.name, self.encoders, self.kind = name, config.encoders, config.loss
         self.project = nn.ModuleList(nn.Linear(dim, config.embed_dim, bias=False) for _ in config.encoders)
-        self.dropout = nn.Dropout(config.dropout)
         self.temperature = Temperature(10.0, -10.0) if config.loss == "siglip" else Temperature(1 / 0.07, None)
 
     def forward(self, encoding: Encoding) -> Pairs:
         """Both embeddings of each study."""
         image, text = (
-            F.normalize(project(self.dropout(encoding.parts[name].mean())), dim=-1)
+            F.normalize(project(encoding.parts[name].mean()), dim=-1)
             for project, name in zip(self.project, self.encoders, strict=True)
         )
         ids = encoding.input(self.encoders[1])
