@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 
 from client import gates
+from client.adaptation import choose
+from client.learning import PERSONAL, learn
+from client.loading import arrays, load
 from client.predictions import write_predictions
 from client.state import LocalState
 from mmfm_core.config import Federation, load_site
-from mmfm_core.config.federation import Fate
+from mmfm_core.config.federation import Fate, Stage
 from mmfm_core.config.model import Model
 from mmfm_core.config.rounds import Round, rounds_of
 from mmfm_core.config.site import Split
@@ -22,7 +25,7 @@ from mmfm_core.data.description import describe
 from mmfm_core.data.features import with_features
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel, seeded
-from mmfm_core.models.parameters import block_of, fates_of, held, matches
+from mmfm_core.models.parameters import CONTROL, block_of, fates_of, held, matches
 from mmfm_core.protocol import Describe, Metric, Refusal, RoundReply, RoundRequest, SiteDescription
 from mmfm_core.storage import Tensors
 from mmfm_core.training.evaluation import metrics_of, predict, subsets
@@ -112,26 +115,40 @@ class Agent:
             raise MmfmError(f"the document has {len(p.rounds)} rounds, and round {request.round} was asked for")
         this = p.rounds[request.round - 1]
         shared = {name: p.initial[name] for name in held(p.fates, "shared")}
-        gates.check_tensors(request.tensors, shared)
+        gates.check_tensors(request.tensors, shared | controls_of(p.federation, this, shared))
+        kept = p.state.before(this.number)
         # What was adapted here comes last: after the last upload it stands over the shared state.
-        kept = {name: array for name, array in p.state.before(this.number).items() if name in p.initial}
-        load(p.model, p.initial | request.tensors | kept)
+        tensors = {**p.initial, **request.tensors, **kept}
+        before = {name: tensors[name] for name in p.initial}
+        load(p.model, before)
         metrics = self._measure(p, "shared", this.evaluates)
         weights: dict[str, float] = {}
         leaving: Tensors = {}
         loss = None
-        if this.stage:
-            trained = [n for n, fate in p.fates.items() if fate != "frozen" and matches(n, this.stage.train)]
-            with seeded(p.federation.seed, self.name, this.number):
-                loss = train(p.model, p.dataset, this.stage, trained, shared)
-            after = arrays(p.model)
-            if this.returns_tensors:
-                leaving = gates.releasable(after, [n for n in trained if n in shared])
-                weights = block_weights(p.federation.model, p.dataset, this, leaving)
-                p.state.save(this.number, {name: after[name] for name in held(p.fates, "local")})
-            else:
+        if this.stage is None:
+            own = {name.removeprefix(PERSONAL): array for name, array in kept.items() if name.startswith(PERSONAL)}
+            if own:
+                load(p.model, before | own)
                 metrics += self._measure(p, "adapted", ("val", "test"))
-                p.state.save(this.number, {name: after[name] for name in {*trained, *held(p.fates, "local")}})
+        elif this.stage.federated:
+            trained = self._trained(p, this.stage)
+            with seeded(p.federation.seed, self.name, this.number):
+                learned = learn(p.model, p.dataset, this.stage, trained, list(shared), request.tensors, kept)
+            loss = learned.loss
+            leaving = gates.releasable(learned.after, [n for n in trained if n in shared])
+            weights = block_weights(p.federation.model, p.dataset, this, leaving)
+            leaving |= gates.releasable(learned.controls, learned.controls)
+            stays = {name: array for name, array in kept.items() if name not in p.initial} | learned.kept
+            p.state.save(this.number, {name: learned.after[name] for name in held(p.fates, "local")} | stays)
+        else:
+            trained = self._trained(p, this.stage)
+            with seeded(p.federation.seed, self.name, this.number):
+                loss = train(p.model, p.dataset, this.stage, trained)
+                share, after = choose(p.model, p.dataset, this.stage, before, arrays(p.model))
+            load(p.model, after)
+            metrics += self._measure(p, "adapted", ("val", "test"))
+            metrics += interpolations(p, this.stage, share)
+            p.state.save(this.number, {name: after[name] for name in {*trained, *held(p.fates, "local")}})
         return RoundReply(
             site=self.name,
             round=this.number,
@@ -141,6 +158,9 @@ class Agent:
             seconds=time.monotonic() - started,
             tensors=leaving,
         )
+
+    def _trained(self, p: Participation, stage: Stage) -> list[str]:
+        return [name for name, fate in p.fates.items() if fate != "frozen" and matches(name, stage.train)]
 
     def _measure(self, p: Participation, state: str, splits: tuple[Split, ...]) -> list[Metric]:
         metrics = []
@@ -180,11 +200,15 @@ def block_weights(model: Model, dataset: Dataset, this: Round, leaving: Tensors)
     return weights
 
 
-def arrays(model: MultimodalModel) -> Tensors:
-    """A copy of the model's state dict as arrays."""
-    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in model.state_dict().items()}
+def controls_of(federation: Federation, this: Round, shared: Tensors) -> Tensors:
+    """What a round's control variates look like, by the names they have in a message; none without SCAFFOLD."""
+    if federation.aggregation.strategy.type != "scaffold" or not this.returns_tensors:
+        return {}
+    return {CONTROL + name: tensor for name, tensor in shared.items() if tensor.dtype.kind == "f"}
 
 
-def load(model: MultimodalModel, state: Tensors) -> None:
-    """Set the model's whole state."""
-    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
+def interpolations(p: Participation, stage: Stage, share: float) -> list[Metric]:
+    """How far the site went from the shared state to its adapted one, as a figure of each head that was adapted."""
+    heads = [name for name in stage.tasks if name in p.model.heads]
+    counts = {name: len(p.dataset.rows("val", [name])) for name in heads}
+    return [Metric(name, "adapted", "val", "interpolation", share, count) for name, count in counts.items()]

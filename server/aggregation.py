@@ -35,6 +35,10 @@ class BlockwiseMean:
             self._sums[name] += np.multiply(tensor, weight, dtype=np.float64)
             self._weights[name] += weight
 
+    def names(self) -> list[str]:
+        """What has been folded."""
+        return list(self._sums)
+
     def apply_to(self, shared: Tensors, step: Step = lambda name, before, mean: mean) -> None:
         """Move the averaged entries of `shared` to their means, in their own types. Ends the round.
 

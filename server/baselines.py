@@ -4,12 +4,22 @@ Both are the same document, changed in a line or two, run by the same code.
 """
 
 from mmfm_core.config import Federation
+from mmfm_core.config.federation import FedAvg
 
 
 def local_only(federation: Federation) -> Federation:
     """Every site alone, from the same initial model, for as many steps as it takes in the federated rounds."""
     stages = tuple(
-        stage.model_copy(update={"federated": False, "rounds": 1, "local_steps": stage.rounds * stage.local_steps})
+        stage.model_copy(
+            update={
+                "federated": False,
+                "rounds": 1,
+                "local_steps": stage.rounds * stage.local_steps,
+                "interpolate": (1.0,),
+                "personal": 0.0,
+                "local_first": 0,
+            }
+        )
         for stage in federation.stages
         if stage.federated
     )
@@ -19,10 +29,10 @@ def local_only(federation: Federation) -> Federation:
 def pooled(federation: Federation, sites: int) -> Federation:
     """All data at one site, for as many steps as all sites take together in the federated rounds."""
     stages = tuple(
-        stage.model_copy(update={"local_steps": sites * stage.local_steps})
+        stage.model_copy(update={"local_steps": sites * stage.local_steps, "personal": 0.0, "local_first": 0})
         for stage in federation.stages
         if stage.federated
     )
-    aggregation = federation.aggregation.model_copy(update={"min_sites": 1})
+    aggregation = federation.aggregation.model_copy(update={"min_sites": 1, "strategy": FedAvg()})
     everything = federation.parameters.model_copy(update={"shared": ("*",), "local": ()})
     return federation.model_copy(update={"stages": stages, "aggregation": aggregation, "parameters": everything})

@@ -62,10 +62,10 @@ class Coordinator:
         check_sites(self.federation, sites)
         for site, sentence in one_class_sites(self.federation, sites):
             self.run.tell(sentence, level="warning", site=site)
-        strategy = Strategy(self.federation, shared, self.run.moments())
+        strategy = Strategy(self.federation, shared, self.run.memory())
         for this in rounds[done:]:
             self._round(strategy, this)
-            self.run.save_checkpoint(this.number, strategy.shared, strategy.optimizer.moments)
+            self.run.save_checkpoint(this.number, strategy.shared, strategy.memory)
         self.run.update(status="completed", finished=time.time())
 
     def _needed(self, this: Round) -> int:
@@ -77,7 +77,7 @@ class Coordinator:
             for site in self.attendance.gather(needed, needed):
                 self.run.tell(f"takes part from round {this.number} on", site=site, round=this.number)
             if self._attempt(strategy, this) >= needed:
-                strategy.advance()
+                strategy.advance(self.attendance.sites.values())
                 return
             strategy.void()
             self.run.forget_after(this.number - 1)
@@ -95,8 +95,9 @@ class Coordinator:
         """Ask once, fold what comes, and return the number of usable replies."""
         started = time.monotonic()
         asked = {node: site for node, site in self.attendance.sites.items() if strategy.takes_part(site, this)}
-        arrays = to_arrays(strategy.shared)
-        names = {node: strategy.tensors_for(site) for node, site in asked.items()}
+        state = strategy.state_for(this)
+        arrays = to_arrays(state)
+        names = {node: strategy.tensors_for(site, this) for node, site in asked.items()}
         request = RoundRequest(self.document, this.number)
         usable = bytes_up = 0
         for answer in ask(
@@ -115,7 +116,7 @@ class Coordinator:
             usable += 1
             bytes_up += sum(tensor.nbytes for tensor in reply.tensors.values())
             self._record(reply, site, this)
-        bytes_down = sum(strategy.shared[name].nbytes for sent in names.values() for name in sent)
+        bytes_down = sum(state[name].nbytes for sent in names.values() for name in sent)
         for metric, value in {
             "sites": usable,
             "bytes_down": bytes_down,

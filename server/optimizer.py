@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mmfm_core.config.federation import FedAdam, FedAvg, FedYogi
+from mmfm_core.config.federation import FedAdam, FedAvg, FedYogi, Scaffold
 from mmfm_core.storage import Tensors
 
 
@@ -16,12 +16,12 @@ class ServerOptimizer:
         moments: running means of each tensor's change and of its square, which a resumed run goes on with.
     """
 
-    def __init__(self, config: FedAvg | FedAdam | FedYogi, moments: Tensors) -> None:
+    def __init__(self, config: FedAvg | FedAdam | FedYogi | Scaffold, moments: Tensors) -> None:
         self._config, self.moments = config, moments
 
     def step(self, name: str, before: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """Where a tensor goes from `before`, given the sites' mean."""
-        if isinstance(self._config, FedAvg):
+        if isinstance(self._config, FedAvg | Scaffold):
             return mean
         beta1, beta2, change = self._config.beta1, self._config.beta2, mean - before
         first = self.moments.get(f"first/{name}", np.zeros_like(change))

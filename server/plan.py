@@ -19,7 +19,7 @@ from mmfm_core.data.dataset import Batch
 from mmfm_core.data.description import describe
 from mmfm_core.data.manifest import read_manifest
 from mmfm_core.models.model import MultimodalModel, full_model
-from mmfm_core.models.parameters import Block, blocks_of, check_patterns, fates_of, matches
+from mmfm_core.models.parameters import CONTROL, Block, blocks_of, check_patterns, fates_of, matches
 from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
 from server.display import duration
@@ -148,15 +148,14 @@ def _traffic_table(state: Tensors, federation: Federation, sites: list[SiteDescr
     columns = ("site", "down per round", "up per round", "down in all", "up in all")
     table = _table("Traffic per site, MB", *columns, words=1)
     for site in sites:
-        names = strategy.tensors_for(site)
-        down = sum(state[name].nbytes for name in names)
-        ups = [
-            sum(state[name].nbytes for name in names if r.stage and matches(name, r.stage.train))
-            for r in rounds
-            if r.returns_tensors and strategy.takes_part(site, r)
-        ]
-        taken = [r for r in rounds if strategy.takes_part(site, r)]
-        cells = (down, max(ups, default=0), down * len(taken), sum(ups))
+        downs, ups = [0], [0]
+        for this in rounds:
+            if strategy.takes_part(site, this):
+                sent = {name: strategy.state_for(this)[name].nbytes for name in strategy.tensors_for(site, this)}
+                downs.append(sum(sent.values()))
+                trained = this.stage.train if this.stage and this.returns_tensors else ()
+                ups.append(sum(size for name, size in sent.items() if matches(name.removeprefix(CONTROL), trained)))
+        cells = (max(downs), max(ups), sum(downs), sum(ups))
         table.add_row(site.site, *(f"{value / MB:.3f}" for value in cells))
     return table
 

@@ -119,16 +119,16 @@ class Run:
             self.events, {key: _printable(value) if isinstance(value, str) else value for key, value in event.items()}
         )
 
-    def save_checkpoint(self, round_number: int, shared: Tensors, moments: Tensors | None = None) -> None:
+    def save_checkpoint(self, round_number: int, shared: Tensors, memory: Tensors | None = None) -> None:
         """Keep the shared state after a round, whole or not at all, and drop all but the latest.
 
-        With it, the moments of the coordinator's optimiser where it has any.
+        With it, what the strategy remembers beside it (`server.strategy`), if anything.
         """
         folder = self.directory / "checkpoints"
         with whole_folder(folder / f"round-{round_number:05d}") as checkpoint:
             write_tensors(checkpoint / "shared.safetensors", shared)
-            if moments:
-                write_tensors(checkpoint / "moments.safetensors", moments)
+            if memory:
+                write_tensors(checkpoint / "memory.safetensors", memory)
             write_json(checkpoint / "state.json", {"round": round_number, "federation": self.facts["federation"]})
         for old in sorted(folder.glob("round-*"))[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
@@ -140,10 +140,10 @@ class Run:
             return None
         return int(found[-1].name.removeprefix("round-")), read_tensors(found[-1] / "shared.safetensors")
 
-    def moments(self) -> Tensors:
-        """The moments of the coordinator's optimiser at the last whole checkpoint; empty where there are none."""
+    def memory(self) -> Tensors:
+        """What the strategy remembered at the last whole checkpoint; empty where there was nothing."""
         found = sorted((self.directory / "checkpoints").glob("round-*"))
-        path = found[-1] / "moments.safetensors" if found else None
+        path = found[-1] / "memory.safetensors" if found else None
         return read_tensors(path) if path and path.is_file() else {}
 
     def forget_after(self, round_number: int) -> None:

@@ -5,7 +5,7 @@ while here sites hold different blocks and each reply is folded and dropped as i
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from mmfm_core.config import Federation
 from mmfm_core.config.federation import Stage
 from mmfm_core.config.rounds import Round
 from mmfm_core.errors import MmfmError
-from mmfm_core.models.parameters import block_of, matches
+from mmfm_core.models.parameters import CONTROL, block_of, matches
 from mmfm_core.protocol import RoundReply, SiteDescription
 from mmfm_core.storage import Tensors
 from server.aggregation import BlockwiseMean
@@ -21,21 +21,37 @@ from server.optimizer import ServerOptimizer
 
 
 class Strategy:
-    """Block-wise aggregation of the shared tensors `shared`, which it owns and advances."""
+    """Block-wise aggregation of the shared tensors `shared`, which it owns and advances.
 
-    def __init__(self, federation: Federation, shared: Tensors, moments: Tensors | None = None) -> None:
-        self.federation, self.shared = federation, shared
-        self.optimizer = ServerOptimizer(federation.aggregation.strategy, moments or {})
-        self._mean = BlockwiseMean()
+    Attributes:
+        memory: what it knows beside the shared state, and a resumed run goes on with: the moments of an optimiser, and
+            SCAFFOLD's control variates (`CONTROL` + name).
+    """
+
+    def __init__(self, federation: Federation, shared: Tensors, memory: Tensors | None = None) -> None:
+        self.federation, self.shared, self.memory = federation, shared, {} if memory is None else memory
+        self._optimizer = ServerOptimizer(federation.aggregation.strategy, self.memory)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._mean, self._controls = BlockwiseMean(), BlockwiseMean()
+        self._took_part: set[str] = set()
 
     def takes_part(self, site: SiteDescription, this: Round) -> bool:
         """Whether a site has anything to train on in this round (or, where nothing is trained, anything at all)."""
         return this.stage is None or training_studies(site, this.stage) > 0
 
-    def tensors_for(self, site: SiteDescription) -> list[str]:
-        """The names of the shared tensors that a site holds."""
+    def state_for(self, this: Round) -> Tensors:
+        """All that a round's messages may hold: the shared state and, for SCAFFOLD, the control variates."""
+        if self.federation.aggregation.strategy.type != "scaffold" or not this.returns_tensors:
+            return self.shared
+        real = {name: tensor for name, tensor in self.shared.items() if tensor.dtype.kind == "f"}
+        return self.shared | {CONTROL + n: self.memory.get(CONTROL + n, np.zeros_like(t)) for n, t in real.items()}
+
+    def tensors_for(self, site: SiteDescription, this: Round) -> list[str]:
+        """The names of `state_for` that a site holds."""
         held = self.federation.model.held(site.modalities, site.targets).blocks
-        return [name for name in self.shared if block_of(name) in held]
+        return [name for name in self.state_for(this) if block_of(name.removeprefix(CONTROL)) in held]
 
     def fold(self, reply: RoundReply, site: SiteDescription, this: Round) -> None:
         """Check one reply alone and add it to the round's mean; a bad one leaves the mean as it was.
@@ -47,27 +63,47 @@ class Strategy:
             raise MmfmError(f"it answers round {reply.round}, not {this.number}")
         expected = []
         if this.stage and this.returns_tensors:
-            expected = [name for name in self.tensors_for(site) if matches(name, this.stage.train)]
-        self._check_tensors(reply.tensors, expected)
-        self._check_weights(reply.weights, {block_of(name) for name in expected}, site)
-        self._mean.fold(reply.tensors, reply.weights)
+            names = self.tensors_for(site, this)
+            expected = [name for name in names if matches(name.removeprefix(CONTROL), this.stage.train)]
+        self._check_tensors(reply.tensors, expected, self.state_for(this))
+        self._check_weights(reply.weights, {block_of(name.removeprefix(CONTROL)) for name in expected}, site)
+        self._took_part.add(site.site)
+        plain = {name: tensor for name, tensor in reply.tensors.items() if not name.startswith(CONTROL)}
+        self._mean.fold(plain, reply.weights)
+        if self.federation.aggregation.weight == "studies" and plain:
+            others = {
+                n: t for n, t in self.shared.items() if this.stage and matches(n, this.stage.train) and n not in plain
+            }
+            self._mean.fold(others, {block_of(name): max(reply.weights.values()) for name in others})
+        changes = {n.removeprefix(CONTROL): tensor for n, tensor in reply.tensors.items() if n.startswith(CONTROL)}
+        self._controls.fold(changes, reply.weights)
 
-    def advance(self) -> None:
-        """End the round: the shared state moves to, or towards, the folded mean."""
-        self._mean.apply_to(self.shared, self.optimizer.step)
+    def advance(self, sites: Iterable[SiteDescription]) -> None:
+        """End the round: the shared state moves to, or towards, the folded mean. `sites` are all that are known."""
+        self._mean.apply_to(self.shared, self._optimizer.step)
+        controls = {name.removeprefix(CONTROL): t for name, t in self.memory.items() if name.startswith(CONTROL)}
+        studies = {site.site: site.studies["train"] for site in sites}
+        # Those who were not there keep their part of the mean: |S| / N of the change (Karimireddy et al., algorithm 1).
+        share = sum(studies[name] for name in self._took_part) / max(sum(studies.values()), 1)
+        for name in self._controls.names():
+            controls.setdefault(name, np.zeros_like(self.shared[name]))
+        self._controls.apply_to(controls, lambda name, before, mean: before + share * mean)
+        self.memory |= {CONTROL + name: tensor for name, tensor in controls.items()}
+        self._begin()
 
     def void(self) -> None:
         """End the round without a result: the shared state stays."""
-        self._mean = BlockwiseMean()
+        self._begin()
 
-    def _check_tensors(self, tensors: Tensors, expected: list[str]) -> None:
+    @staticmethod
+    def _check_tensors(tensors: Tensors, expected: list[str], state: Tensors) -> None:
         missing = [name for name in expected if name not in tensors]
         extra = len(tensors) - (len(expected) - len(missing))
         if missing or extra:
             example = f" (for one '{missing[0]}')" if missing else ""
             raise MmfmError(f"{len(missing)} tensors are missing{example} and {extra} were not asked for")
         for name in expected:
-            got, like = tensors[name], self.shared[name]
+            got, like = tensors[name], state[name]
             if got.shape != like.shape or got.dtype != like.dtype:
                 raise MmfmError(f"'{name}' is {got.dtype}{list(got.shape)}, expected {like.dtype}{list(like.shape)}")
             if not np.isfinite(got).all():

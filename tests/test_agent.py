@@ -14,6 +14,7 @@ from test_protocol import over_the_wire
 from tiny import prepare_run, tiny_federation, write_sites
 
 import client.agent
+import client.learning
 from client.agent import Agent
 from client.gates import approve, approved
 from client.state import LocalState
@@ -80,8 +81,9 @@ class Coordination:
         self.sites = {name: describe(agent, federation) for name, agent in agents.items()}
 
     def request(self, name: str, number: int) -> RoundRequest:
-        shared = self.strategy.shared
-        tensors = {tensor: shared[tensor].copy() for tensor in self.strategy.tensors_for(self.sites[name])}
+        this = self.rounds[number - 1]
+        state, names = self.strategy.state_for(this), self.strategy.tensors_for(self.sites[name], this)
+        tensors = {tensor: state[tensor].copy() for tensor in names}
         return RoundRequest(self.document, number, tensors)
 
     def round(self, number: int) -> dict[str, tuple[RoundReply, bytes]]:
@@ -92,7 +94,7 @@ class Coordination:
             assert isinstance(reply, RoundReply), reply
             self.strategy.fold(reply, self.sites[name], self.rounds[number - 1])
             answers[name] = reply, sent
-        self.strategy.advance()
+        self.strategy.advance(self.sites.values())
         return answers
 
 
@@ -369,7 +371,7 @@ def test_an_internal_error_tells_nothing_but_its_kind(
     def fail(*_: object) -> None:
         raise error("CANARY-PHI-123")
 
-    monkeypatch.setattr(client.agent, "train", fail)
+    monkeypatch.setattr(client.agent, "learn", fail)
     answer, sent = ask(asked.agents["south"], asked.request("south", 1))
     assert refusal(answer) == f"internal error ({error.__name__}); the site's own log has the details"
     assert b"CANARY" not in sent
@@ -383,7 +385,7 @@ def test_a_trained_tensor_that_is_not_finite_does_not_leave(
         model.heads["disease"].linear.bias.data[0] = np.nan
         return 0.5
 
-    monkeypatch.setattr(client.agent, "train", diverge)
+    monkeypatch.setattr(client.learning, "train", diverge)
     answer, _ = ask(asked.agents["south"], asked.request("south", 1))
     assert refusal(answer) == f"the tensor '{BIAS}' holds values that are not finite"
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from tiny import tiny_federation, write_sites
 
+from client.learning import learn
 from mmfm_core.config.federation import Stage
 from mmfm_core.data.dataset import load_dataset
 from mmfm_core.models.model import full_model, seeded
-from mmfm_core.training.steps import train
 
 STEPS, RATE, LOCAL = 5, 0.05, "heads.disease."
 
@@ -31,7 +31,7 @@ def test_shared_parameters_are_held_to_what_the_round_began_with_and_local_ones_
     shared = [name for name in names if not name.startswith(LOCAL)]
 
     with seeded(0, "north", 1):
-        train(ours, data, stage(0.7), names, shared)
+        learn(ours, data, stage(0.7), names, shared, {}, {})
 
     batch = data.batch(data.rows("train", ["disease"]))  # one batch holds all, so its order is of no account
     parameters = dict(reference.train().named_parameters())

@@ -92,7 +92,7 @@ def test_a_run_goes_on_with_the_moments_it_had(tmp_path: Path) -> None:
     whole = Run(run).checkpoint()
     assert whole is not None
     last, before = (run / "checkpoints" / f"round-{whole[0] - back:05d}" for back in (0, 1))
-    assert (before / "moments.safetensors").is_file()
+    assert (before / "memory.safetensors").is_file()
     shutil.rmtree(last)
     Run(run).update(status="prepared")
     simulate(run)

@@ -32,15 +32,15 @@ def fresh() -> Strategy:
 
 
 def reply_of(strategy: Strategy, who: SiteDescription, value: float, weight: float = 30.0) -> RoundReply:
-    tensors = {name: np.full_like(strategy.shared[name], value) for name in strategy.tensors_for(who)}
+    tensors = {name: np.full_like(strategy.shared[name], value) for name in strategy.tensors_for(who, FIRST)}
     blocks = {"fusion", "heads.disease", *(f"encoders.{modality}" for modality in who.modalities)}
     return RoundReply(who.site, FIRST.number, dict.fromkeys(blocks, weight), [], 0.5, 1.0, tensors)
 
 
 def test_a_site_gets_only_the_blocks_it_holds():
     strategy = fresh()
-    assert set(strategy.tensors_for(NORTH)) == set(strategy.shared)
-    sent = strategy.tensors_for(SOUTH)
+    assert set(strategy.tensors_for(NORTH, FIRST)) == set(strategy.shared)
+    sent = strategy.tensors_for(SOUTH, FIRST)
     assert not any(name.startswith("encoders.scan.") for name in sent)
     assert set(strategy.shared) - set(sent) == {n for n in strategy.shared if n.startswith("encoders.scan.")}
 
@@ -49,9 +49,22 @@ def test_a_block_is_averaged_over_its_holders_by_their_studies():
     strategy = fresh()
     strategy.fold(reply_of(strategy, NORTH, 1.0, weight=10.0), NORTH, FIRST)
     strategy.fold(reply_of(strategy, SOUTH, 4.0, weight=30.0), SOUTH, FIRST)
-    strategy.advance()
+    strategy.advance([NORTH, SOUTH])
     for name, tensor in strategy.shared.items():
         assert np.allclose(tensor, 1.0 if name.startswith("encoders.scan.") else 3.25), name
+
+
+def test_whole_models_are_averaged_where_the_document_says_so():
+    """A site without a block counts as if it had left it as it was."""
+    aggregation = FEDERATION.aggregation.model_copy(update={"weight": "studies"})
+    strategy = Strategy(FEDERATION.model_copy(update={"aggregation": aggregation}), initial_state(FEDERATION))
+    before = {name: tensor.copy() for name, tensor in strategy.shared.items()}
+    strategy.fold(reply_of(strategy, NORTH, 1.0, weight=10.0), NORTH, FIRST)
+    strategy.fold(reply_of(strategy, SOUTH, 4.0, weight=30.0), SOUTH, FIRST)
+    strategy.advance([NORTH, SOUTH])
+    for name, tensor in strategy.shared.items():
+        expected = (10 + 30 * before[name]) / 40 if name.startswith("encoders.scan.") else 3.25
+        np.testing.assert_allclose(tensor, np.broadcast_to(expected, tensor.shape), rtol=1e-5, err_msg=name)
 
 
 def test_a_void_round_leaves_the_shared_state():
@@ -59,7 +72,7 @@ def test_a_void_round_leaves_the_shared_state():
     before = {name: tensor.copy() for name, tensor in strategy.shared.items()}
     strategy.fold(reply_of(strategy, NORTH, 1.0), NORTH, FIRST)
     strategy.void()
-    strategy.advance()
+    strategy.advance([NORTH, SOUTH])
     assert all((strategy.shared[name] == tensor).all() for name, tensor in before.items())
 
 
@@ -100,9 +113,9 @@ def test_a_bad_reply_is_refused_and_leaves_the_mean_as_it_was(spoil):
     strategy.fold(reply_of(strategy, NORTH, 1.0), NORTH, FIRST)
     with pytest.raises(MmfmError):
         strategy.fold(spoil(reply_of(strategy, SOUTH, 100.0)), SOUTH, FIRST)
-    strategy.advance()
+    strategy.advance([NORTH, SOUTH])
     clean.fold(reply_of(clean, NORTH, 1.0), NORTH, FIRST)
-    clean.advance()
+    clean.advance([NORTH, SOUTH])
     assert all((strategy.shared[name] == tensor).all() for name, tensor in clean.shared.items())
 
 

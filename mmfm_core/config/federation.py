@@ -2,12 +2,21 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from mmfm_core.config.model import Model
 from mmfm_core.config.strict import Name, Strict, did_you_mean
 
 Fate = Literal["shared", "local", "frozen"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Optimizer(Strict):
@@ -30,6 +39,13 @@ class Stage(Strict):
     Attributes:
         train: patterns of what is trained.
         proximal: mu of FedProx (Li et al. 2020): how strongly shared parameters are held to what the round began with.
+        local_first: so many of the local steps train what is local alone, and the others what is shared alone (FedRep,
+            Collins et al. 2021). With 0, all steps train both.
+        personal: lambda of Ditto (Li et al. 2021): after its part in the round, a site trains a model of its own for as
+            many steps, held to the shared state so strongly. It is what the site ends with. With 0 there is none.
+        interpolate: of an adaptation, how far a site may go from the shared state to its adapted one: it takes what its
+            own validation patients speak for, and stays near the shared state where they cannot tell
+            (`client.adaptation`).
     """
 
     name: Name
@@ -41,11 +57,18 @@ class Stage(Strict):
     train: tuple[str, ...] = ("*",)
     optimizer: Optimizer = Optimizer()
     proximal: NonNegativeFloat = 0.0
+    local_first: NonNegativeInt = 0
+    personal: NonNegativeFloat = 0.0
+    interpolate: tuple[Share, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
 
     @model_validator(mode="after")
-    def _adaptation_has_no_rounds(self) -> "Stage":
+    def _fits_together(self) -> "Stage":
         if not self.federated and self.rounds != 1:
             raise ValueError("rounds: a stage that is not federated has no rounds; give it local_steps")
+        if not self.federated and self.personal:
+            raise ValueError("personal: an adaptation makes a model of the site's own already; leave it out")
+        if self.local_first >= self.local_steps:
+            raise ValueError("local_first: leaves no step of local_steps for what is shared; lower it")
         return self
 
 
@@ -85,18 +108,33 @@ class FedYogi(FedAdam):
     type: Literal["fedyogi"]  # type: ignore[assignment]
 
 
+class Scaffold(Strict):
+    """FedAvg, and every site corrects its gradients by how they differ from all sites' (Karimireddy et al. 2020).
+
+    Coordinator and sites keep a control variate per shared parameter, which doubles what a round sends.
+    """
+
+    type: Literal["scaffold"]
+
+
 def _with_defaults(strategy: object) -> object:
     """A name alone stands for the strategy with its defaults."""
     return {"type": strategy} if isinstance(strategy, str) else strategy
 
 
 class Aggregation(Strict):
-    """How replies become the next shared state, and how long the coordinator waits (seconds)."""
+    """How replies become the next shared state, and how long the coordinator waits (seconds).
+
+    Attributes:
+        weight: 'studies_with_modality' averages each block over the sites that hold it, by the studies behind it.
+            'studies' averages whole models, by all studies: a site without a block counts as if it had left it as it
+            was, which holds rare modalities back. It is there to compare with.
+    """
 
     strategy: Annotated[
-        Annotated[FedAvg | FedAdam | FedYogi, Field(discriminator="type")], BeforeValidator(_with_defaults)
+        Annotated[FedAvg | FedAdam | FedYogi | Scaffold, Field(discriminator="type")], BeforeValidator(_with_defaults)
     ] = FedAvg()
-    weight: Literal["studies_with_modality"] = "studies_with_modality"
+    weight: Literal["studies_with_modality", "studies"] = "studies_with_modality"
     min_sites: PositiveInt = 2
     quorum_wait: PositiveFloat = 600.0
     deadline: PositiveFloat = 1800.0
@@ -142,6 +180,24 @@ class Federation(Strict):
                     f"stages.{index}: a federated stage cannot follow one that adapts at the sites; "
                     "what a site adapted is never sent"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> "Federation":
+        for index, stage in enumerate(self.stages):
+            if stage.local_first and not self.parameters.local:
+                raise ValueError(f"stages.{index}.local_first: nothing is local; name it in parameters.local")
+            if self.aggregation.strategy.type == "scaffold" and stage.federated and stage.optimizer.type != "sgd":
+                raise ValueError(f"stages.{index}.optimizer.type: SCAFFOLD corrects gradients; give it sgd")
+            if not stage.federated and any(earlier.personal for earlier in self.stages[:index]):
+                raise ValueError(
+                    f"stages.{index}: sites that train a 'personal' model end with that one; take out this stage, or "
+                    "'personal'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_fits(self) -> "Federation":
         for head, evaluation in self.evaluation.items():
             if head not in self.model.heads:
                 raise ValueError(f"evaluation.{head}: there is no such head; {did_you_mean(head, self.model.heads)}")

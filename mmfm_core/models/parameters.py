@@ -13,6 +13,8 @@ from mmfm_core.errors import MmfmError
 
 ORDER: tuple[Fate, ...] = ("frozen", "local", "shared")  # the first list that matches decides
 
+CONTROL = "control/"
+"""Before a shared parameter's name, in messages and in what is kept: its control variate (SCAFFOLD)."""
 
 ADAPTERS = ".lora_"  # in every name of an adapter's parameter, and in every pattern that means adapters
 

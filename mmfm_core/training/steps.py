@@ -1,9 +1,11 @@
 """Local training steps."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmfm_core.config.federation import Stage
 from mmfm_core.data.dataset import Dataset
@@ -11,12 +13,30 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What a federated method adds to plain training.
+
+    Attributes:
+        anchors: parameters, and what they are held to.
+        strength: of that: `strength / 2 * |w - anchor|^2` is added to the objective.
+        correction: added to the gradients of the parameters it names.
+        first: what `Stage.local_first` trains alone, before the others.
+    """
+
+    anchors: Mapping[str, Tensor] = field(default_factory=dict)
+    strength: float = 0.0
+    correction: Mapping[str, Tensor] = field(default_factory=dict)
+    first: Collection[str] = ()
+
+
+PLAIN = Rule()
+
+
 def train(
-    model: MultimodalModel, dataset: Dataset, stage: Stage, trainable: Collection[str], shared: Collection[str] = ()
+    model: MultimodalModel, dataset: Dataset, stage: Stage, trainable: Collection[str], rule: Rule = PLAIN
 ) -> float:
     """Train the parameters named in `trainable` for the stage's local steps, and return the mean loss.
-
-    Those of them that are `shared` are held to where they begin, as strongly as `stage.proximal` says.
 
     Every loss is reduced within a study before the mean over the batch, so that no patient's gradient depends on
     another's. Randomness comes from torch's global generator: seed it first (`mmfm_core.models.model.seeded`).
@@ -30,34 +50,42 @@ def train(
         raise MmfmError(
             f"no training study has a label or modality for {', '.join(stage.tasks)}; map it in the site's file"
         )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
+    phases = [(set(trainable), stage.local_steps)]
+    if stage.local_first:
+        first = set(trainable) & set(rule.first)
+        phases = [(first, stage.local_first), (set(trainable) - first, stage.local_steps - stage.local_first)]
+    if not any(name in trainable for name, _ in model.named_parameters()):
         raise MmfmError(f"stage '{stage.name}' trains nothing that this site holds; check 'train' and 'parameters'")
-    optimizer = optimizer_of(stage, parameters)
-    held = [
-        (parameter, parameter.detach().clone())
-        for name, parameter in model.named_parameters()
-        if stage.proximal and parameter.requires_grad and name in shared
-    ]
-    model.train()
+    batches = shuffled_batches(rows, stage.batch_size, stage.local_steps)
     total = torch.zeros(())
-    for batch_rows in shuffled_batches(rows, stage.batch_size, stage.local_steps):
-        batch = dataset.batch(batch_rows)
-        losses = model.losses(batch, tasks)
-        loss = torch.stack([task.weight * losses[name].mean() for name, task in tasks.items()]).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for parameter, start in held:
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - start, alpha=stage.proximal)
-        optimizer.step()
-        total += loss.detach()
-    mean = float(total) / stage.local_steps
+    for names, steps in phases:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if not trained:
+            continue
+        model.train()  # after the flags: a frozen trunk has no dropout
+        optimizer = optimizer_of(stage, list(trained.values()))
+        for batch_rows in islice(batches, steps):
+            losses = model.losses(dataset.batch(batch_rows), tasks)
+            loss = torch.stack([task.weight * losses[name].mean() for name, task in tasks.items()]).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            _apply(rule, trained)
+            optimizer.step()
+            total += loss.detach()
     if not torch.isfinite(total):
         raise MmfmError(f"the training loss of stage '{stage.name}' is not finite; lower its optimizer.lr")
-    return mean
+    return float(total) / stage.local_steps
+
+
+def _apply(rule: Rule, trained: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in trained.items():
+        if parameter.grad is not None:
+            if rule.strength and name in rule.anchors:
+                parameter.grad.add_(parameter.detach() - rule.anchors[name], alpha=rule.strength)
+            if name in rule.correction:
+                parameter.grad.add_(rule.correction[name])
 
 
 def optimizer_of(stage: Stage, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

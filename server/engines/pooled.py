@@ -49,7 +49,7 @@ def _measure(agent: Agent, run: Run, strategy: Strategy) -> None:
     site = agent.answer(Describe(document))
     reply = site
     if isinstance(site, SiteDescription):
-        tensors = {name: strategy.shared[name] for name in strategy.tensors_for(site)}
+        tensors = {name: strategy.shared[name] for name in strategy.tensors_for(site, last)}
         reply = agent.answer(RoundRequest(document, last.number, tensors))
     if not isinstance(reply, RoundReply):
         raise MmfmError(f"site '{agent.name}' could not measure the pooled model: {reply}")
