@@ -64,6 +64,29 @@ def plan(federation: FederationFile, sites: SitesFile = None) -> None:
     show_plan(federation, _sites_file(federation, sites), Console())
 
 
+def compare(
+    federation: FederationFile,
+    sites: SitesFile = None,
+    methods: Annotated[
+        str, typer.Option(help="Names with commas between them, or 'all'; `adapted` is always run.")
+    ] = "fedavg,fedprox,fedper,local-fusion,local-only",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
+    run: Annotated[Path | None, typer.Option("--run", help="Where; by default runs/compare-NAME.")] = None,
+) -> None:
+    """Run several methods on the same sites and say what differs beyond noise. The same command goes on after Ctrl-C.
+
+    Methods: adapted (FedAvg + adaptation, which every other one is compared with), fedavg, fedprox, fedadam, fedyogi,
+    scaffold, fedbn, fedper, fedrep, local-fusion, local-fusion-head, ditto, dual-lora, full-model; bounds: local-only,
+    pooled.
+    """
+    _one_thread()
+    from server.compare import compare as run_comparison
+    from server.methods import METHODS
+
+    names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",") if name.strip()]
+    run_comparison(federation, _sites_file(federation, sites), names, seeds, run, Console())
+
+
 def demo_data(
     folder: Annotated[Path, typer.Argument(help="Where to write the hospitals.")] = DEMO_DATA,
 ) -> None:

@@ -1,0 +1,118 @@
+"""What the runs of several methods show: figures per site, over sites, and paired differences with their noise."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mmfm_core.config.part import HeadConfig
+from mmfm_core.metrics.ranking import RESAMPLES, Floats, patient_resamples
+
+Draws = Floats
+"""[1 + R]: a figure, and what it would have been with patients drawn again. Those of one site see the same draws."""
+
+Predictions = Mapping[str, Mapping[str, Sequence[pd.DataFrame]]]
+"""Method -> site -> one table of predictions per seed."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its 95 % interval (percentiles); NaN where undefined."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, draws: Draws) -> "Figure":
+        """The figure behind some draws."""
+        known = draws[1:][np.isfinite(draws[1:])]
+        low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+        return cls(float(draws[0]), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One head's leading metric of every method.
+
+    Attributes:
+        patients: site -> test patients.
+        draws: method -> site -> draws, the mean over seeds.
+        errors: method -> expected calibration error, mean of sites; empty where the head has none.
+    """
+
+    head: str
+    metric: str
+    patients: Mapping[str, int]
+    draws: Mapping[str, Mapping[str, Draws]]
+    errors: Mapping[str, float]
+
+    def site(self, method: str, site: str) -> Figure:
+        """One site's figure."""
+        return Figure.of(self.draws[method][site])
+
+    def mean_of_sites(self, method: str) -> Draws:
+        """Every site counts the same; those where the figure is undefined do not count."""
+        return np.asarray(np.mean([self.draws[method][site] for site in self.defined], axis=0))
+
+    def mean_of_patients(self, method: str) -> Draws:
+        """Every site counts by its test patients."""
+        weights = [self.patients[site] for site in self.defined]
+        return np.asarray(np.average([self.draws[method][site] for site in self.defined], axis=0, weights=weights))
+
+    def worst_site(self, method: str) -> tuple[str, float]:
+        """The site with the lowest figure."""
+        return min(((site, float(self.draws[method][site][0])) for site in self.defined), key=lambda item: item[1])
+
+    @property
+    def defined(self) -> list[str]:
+        """The sites where every method's figure is defined."""
+        return [site for site in self.patients if all(np.isfinite(each[site][0]) for each in self.draws.values())]
+
+
+def evidence(head: HeadConfig, name: str, metric: str, predictions: Predictions) -> Evidence:
+    """Measure all methods of a head on the same draws of each site's test patients."""
+    first = next(iter(predictions.values()))
+    draws = {
+        method: {site: _draws(head, metric, tables, seed) for seed, (site, tables) in enumerate(by_site.items())}
+        for method, by_site in predictions.items()
+    }
+    errors: dict[str, float] = {}
+    if "ece" in head.METRICS and metric != "ece":
+        for method, by_site in predictions.items():
+            found = [_draws(head, "ece", tables, 0, resamples=0)[0] for tables in by_site.values()]
+            errors[method] = float(np.nanmean(found))
+    patients = {site: int(tables[0]["patient"].nunique()) for site, tables in first.items()}
+    return Evidence(name, metric, patients, draws, errors)
+
+
+def _draws(
+    head: HeadConfig, metric: str, tables: Sequence[pd.DataFrame], seed: int, resamples: int = RESAMPLES
+) -> Draws:
+    patients = list(tables[0]["patient"])
+    weights = np.ones((1, len(patients)))
+    if resamples:
+        weights = np.vstack([weights, patient_resamples(patients, resamples, seed)])
+    each = []
+    for table in tables:
+        statistic = head.statistic(metric, table)
+        # A figure that knows no weights has no draws either.
+        each.append(statistic(weights) if callable(statistic) else np.r_[_known(statistic), np.full(resamples, np.nan)])
+    return np.asarray(np.mean(each, axis=0))
+
+
+def _known(value: float | Callable[[Floats], Floats] | None) -> float:
+    return value if isinstance(value, float) else np.nan
+
+
+def read_predictions(run: Path, head: str, states: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Site -> its predictions on test patients, in the first of `states` that there is."""
+    found = {}
+    for site in sorted(path for path in (run / "sites").iterdir() if path.is_dir()):
+        paths = [site / "predictions" / f"{head}-{state}.csv" for state in states]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is not None:
+            found[site.name] = pd.read_csv(path, dtype={"study": str, "patient": str})
+    return found
