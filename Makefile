@@ -18,8 +18,8 @@ lint: $(VENV)/.dev                   ## format, rules, types
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev                  ## the published comparison on real data: minutes
-	$(BIN)/python benchmarks/heart.py
+bench: $(VENV)/.dev                  ## methods compared on real data: minutes
+	$(BIN)/mmfm compare deploy/federations/heart.yaml
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

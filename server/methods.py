@@ -42,7 +42,7 @@ def _local(*patterns: str) -> Lines:
 
 SGD = {"type": "sgd", "lr": 0.05, "weight_decay": 0.0}
 
-METHODS: Mapping[str, Method] = {
+METHODS: dict[str, Method] = {
     REFERENCE: Method("FedAvg + adaptation", adapts=True),
     "fedavg": Method("FedAvg", source="McMahan et al. 2017", run=REFERENCE),
     "fedprox": Method("FedProx", {"stages": {"proximal": 0.01}}, "Li et al. 2020"),

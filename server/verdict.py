@@ -28,8 +28,11 @@ def rows(e: Evidence, costs: Mapping[str, "Cost"]) -> tuple[list[str], list[list
     for method in e.draws:
         worst, lowest = e.worst_site(method) if e.defined else ("", math.nan)
         row = [METHODS[method].title, *(_value(e.site(method, site)) for site in sites)]
-        row += [_value(Figure.of(e.mean_of_sites(method))), f"{Figure.of(e.mean_of_patients(method)).value:.3f}"]
-        row += [f"{lowest:.3f} ({worst})", "" if method == REFERENCE else _signed(difference(e, method))]
+        if e.defined:
+            row += [_value(Figure.of(e.mean_of_sites(method))), f"{e.mean_of_patients(method)[0]:.3f}"]
+            row += [f"{lowest:.3f} ({worst})", "" if method == REFERENCE else _signed(difference(e, method))]
+        else:
+            row += ["–"] * 4
         row += [*([f"{e.errors[method]:.3f}"] if e.errors else [])]
         cells.append([*row, f"{costs[method].minutes:.1f}", f"{costs[method].megabytes:.1f}"])
     return header, cells
