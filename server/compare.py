@@ -53,9 +53,10 @@ def compare(
         if name not in METHODS:
             raise MmfmError(f"--methods: there is no '{name}'; {did_you_mean(name, METHODS)}")
     documents = {n: apply(n, federation, len(sites)) for n in asked if not METHODS[n].run}
-    for name, document in documents.items():
-        _check(name, document, federation_file)
     directory = directory or Path("runs") / f"compare-{federation.name}"
+    collect(federation.model, federation_file.parent, directory / "artifacts")
+    for name, document in documents.items():
+        _check(name, document, directory / "artifacts")
     console.print(
         f"Comparing {len(asked)} methods, {seeds} seeds each, on {len(sites)} sites, in {escape(str(directory))}; "
         "runs that are finished are kept",
@@ -75,9 +76,9 @@ def compare(
     _tell(directory, found, costs, federation.name, seeds, console)
 
 
-def _check(name: str, document: Federation, federation_file: Path) -> None:
+def _check(name: str, document: Federation, artifacts: Path) -> None:
     try:
-        initial_state(document, federation_file.parent)
+        initial_state(document, artifacts)
     except MmfmError as error:
         if name == REFERENCE:
             raise
