@@ -14,6 +14,7 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from tiny import prepare_run, tiny_federation, write_sites
 
+from mmfm_core.artifacts import sha256_of
 from mmfm_core.config.loading import dump
 from mmfm_core.errors import MmfmError
 from server import verdict
@@ -196,3 +197,20 @@ def test_runs_of_another_document_are_not_mixed_in(documents: Documents, tmp_pat
     prepare_run(place / REFERENCE / "seed-0", FEDERATION, write_sites(tmp_path / "others"))
     with pytest.raises(MmfmError, match="made with another document"):
         compare(documents.federation, documents.sites, ["fedavg"], 1, place, Console(quiet=True))
+
+
+@pytest.mark.slow
+def test_files_that_a_document_pins_reach_the_runs_of_every_method_and_of_both_bounds(documents: Documents) -> None:
+    words = documents.federation.with_name("words.txt")
+    words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ill", "well"]))
+    content = yaml.safe_load(documents.federation.read_text())
+    content["model"]["tokenizer"] = {
+        "type": "wordpiece",
+        "vocabulary": {"path": words.name, "sha256": sha256_of(words)},
+    }
+    documents.federation.write_text(yaml.safe_dump(content))
+    place = documents.federation.parent / "out"
+    command = [str(MMFM), "compare", str(documents.federation), "--methods", "local-only,pooled", "--seeds", "1"]
+    subprocess.run([*command, "--run", str(place)], check=True, capture_output=True, timeout=PATIENCE)
+    (told,) = json.loads((place / "compare.json").read_text())
+    assert list(told["methods"]) == [REFERENCE, "local-only", "pooled"]

@@ -28,9 +28,10 @@ def simulate(run_directory: Path) -> None:
     run = Run.open(run_directory)
     folders = site_directories(run_directory / "sites")
     gates.approve(run_directory / "pooled" / "approved", run.federation)
-    cache = run_directory / "pooled" / "cache"
-    if (folders[0] / "cache").exists() and not cache.exists():
-        cache.symlink_to((folders[0] / "cache").resolve())
+    for shared in ("artifacts", "cache"):  # the sites link to one place already
+        link = run_directory / "pooled" / shared
+        if (folders[0] / shared).exists() and not link.exists():
+            link.symlink_to((folders[0] / shared).resolve())
     simulate_with(
         run_directory,
         [Agent(run_directory / "pooled", "pooled", partial(_read_all, folders, run_directory / "artifacts"))],
