@@ -19,7 +19,7 @@ from mmfm_core.config import Federation, load_site
 from mmfm_core.config.federation import Fate, Stage
 from mmfm_core.config.model import Model
 from mmfm_core.config.rounds import Round, rounds_of
-from mmfm_core.config.site import Split
+from mmfm_core.config.site import Release, Split
 from mmfm_core.data.dataset import Dataset, load_dataset
 from mmfm_core.data.description import describe
 from mmfm_core.data.features import with_features
@@ -54,27 +54,24 @@ class Agent:
     writes: `state/` (local parameters), `predictions/` and `cache/` (features of frozen trunks); none of it is sent.
     """
 
-    def __init__(self, directory: Path, name: str, read: Callable[[Model], Dataset]) -> None:
-        self.directory, self.name, self._read = directory, name, read
+    def __init__(self, directory: Path, name: str, release: Release, read: Callable[[Model], Dataset]) -> None:
+        self.directory, self.name, self._release, self._read = directory, name, release, read
         self._participations: dict[str, Participation] = {}
 
     @classmethod
     def open(cls, directory: Path) -> "Agent":
         """The agent of a site's directory."""
         site = load_site(directory / "site.yaml")
-        return cls(directory, site.name, partial(load_dataset, site, artifacts=directory / "artifacts"))
+        return cls(directory, site.name, site.release, partial(load_dataset, site, artifacts=directory / "artifacts"))
 
     def answer(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:
         """Answer, or refuse with a reason; never raise, and never let a value of a record into a reason."""
         try:
             participation = self.participate(question.federation)
             if isinstance(question, Describe):
-                return describe(
-                    self.name,
-                    participation.dataset.studies,
-                    participation.federation.model,
-                    participation.dataset.notes,
-                )
+                p = participation
+                counted = describe(self.name, p.dataset.studies, p.federation.model, p.dataset.notes)
+                return gates.described(counted, self._release)
             return self._take_part(participation, question)
         except MmfmError as error:
             return Refusal(self.name, str(error))
@@ -152,8 +149,8 @@ class Agent:
         return RoundReply(
             site=self.name,
             round=this.number,
-            weights=weights,
-            metrics=metrics,
+            weights=gates.weighed(weights, self._release),
+            metrics=gates.measured(metrics, self._release),
             loss=loss,
             seconds=time.monotonic() - started,
             tensors=leaving,

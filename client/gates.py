@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from mmfm_core.config import Federation, load_federation
 from mmfm_core.config.loading import dump, sha256
+from mmfm_core.config.site import Release
 from mmfm_core.errors import MmfmError
+from mmfm_core.protocol import Metric, SiteDescription
 from mmfm_core.storage import Tensors, write_text
 
 
@@ -63,3 +66,36 @@ def releasable(state: Tensors, names: Iterable[str]) -> Tensors:
     leaving = {name: state[name] for name in names}
     check_tensors(leaving, leaving)
     return leaving
+
+
+def described(site: SiteDescription, release: Release) -> SiteDescription:
+    """What a site holds, as its policy lets it be told."""
+
+    def told(counts: Mapping[str, int]) -> dict[str, int]:
+        return {key: release.count(count) for key, count in counts.items()}
+
+    return replace(
+        site,
+        studies=told(site.studies),
+        patients=told(site.patients),
+        modalities={name: told(counts) for name, counts in site.modalities.items()},
+        targets={head: {split: told(labels) for split, labels in of.items()} for head, of in site.targets.items()},
+        tasks={name: told(counts) for name, counts in site.tasks.items()},
+        notes=[replace(note, count=release.count(note.count), of=release.count(note.of)) for note in site.notes],
+        min_count=release.min_count,
+    )
+
+
+def measured(metrics: Iterable[Metric], release: Release) -> list[Metric]:
+    """A site's figures, without those over too few studies to be told."""
+    return [
+        replace(m, n=release.count(m.n), value=None, low=None, high=None)
+        if m.n < release.min_count
+        else replace(m, n=release.count(m.n))
+        for m in metrics
+    ]
+
+
+def weighed(weights: Mapping[str, float], release: Release) -> dict[str, float]:
+    """The studies behind each block, as they are told."""
+    return {block: float(release.count(weight)) for block, weight in weights.items()}

@@ -25,15 +25,27 @@ class Describe:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Note:
+    """A repair made while reading: `count` of `of` (texts, targets) were changed, and how."""
+
+    count: int
+    of: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.of} {self.text}"
+
+
+@dataclass(frozen=True, config=STRICT)
 class SiteDescription:
-    """What a site holds. All counts are of studies, by split ('train', 'val', 'test').
+    """What a site holds. All counts are of studies, by split ('train', 'val', 'test'), told as the site's policy says.
 
     Attributes:
         patients: distinct patients by split.
         modalities: modality -> split -> studies that have it.
         targets: head -> split -> label -> how many.
         tasks: head or objective -> split -> studies that can serve it.
-        notes: repairs made while reading, as sentences with counts ('3 texts were cut').
+        min_count: all counts are rounded up to multiples of it.
     """
 
     site: str
@@ -42,7 +54,8 @@ class SiteDescription:
     modalities: dict[str, dict[str, int]]
     targets: dict[str, dict[str, dict[str, int]]]
     tasks: dict[str, dict[str, int]]
-    notes: list[str]
+    notes: list[Note]
+    min_count: int = 1
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -60,9 +73,9 @@ class Metric:
 
     Attributes:
         model: 'shared' for the state as received, 'adapted' after training that is sent nowhere.
-        value: None where it is undefined (too few patients of a class).
+        value: None where it is undefined (too few patients of a class) or not told (too few studies).
         low, high: 95 % interval by bootstrap over patients, where it was computed.
-        n: studies behind the figure.
+        n: studies behind the figure, told as the site's policy says.
         modalities: the only ones used, joined by '+'; all that the site has where empty.
     """
 
@@ -82,7 +95,7 @@ class RoundReply:
     """A site's answer: trained shared tensors, the studies behind each block, and its figures.
 
     Attributes:
-        weights: block of the model -> training studies that had its modality (or target).
+        weights: block of the model -> training studies that had its modality (or target), told as `Metric.n`.
         loss: mean training loss; None where nothing was trained.
     """
 

@@ -73,7 +73,7 @@ class Attendance:
             raise MmfmError("another node with the same site name is here already")
         self.sites[answer.node] = site
         for note in site.notes:
-            self._run.tell(note, site=site.site)
+            self._run.tell(str(note), site=site.site)
 
 
 def problem_of(answer: Answer) -> str:
@@ -84,4 +84,5 @@ def problem_of(answer: Answer) -> str:
 
 
 def _facts(site: SiteDescription) -> dict[str, object]:
-    return {"studies": site.studies, "patients": site.patients, "modalities": site.modalities, "targets": site.targets}
+    told = ("min_count", "studies", "patients", "modalities", "targets")
+    return {name: getattr(site, name) for name in told}

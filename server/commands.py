@@ -64,6 +64,20 @@ def plan(federation: FederationFile, sites: SitesFile = None) -> None:
     show_plan(federation, _sites_file(federation, sites), Console())
 
 
+def survey(
+    federation: FederationFile,
+    sites: SitesFile = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write all of it into this file.")] = None,
+) -> None:
+    """Ask sites what they hold, before any round: modalities, labels, and where they differ more than by chance.
+
+    Each site answers in counts that its file's `release.min_count` lets out. No image is opened and nothing is trained.
+    """
+    from server.survey import survey as run_survey
+
+    run_survey(federation, _sites_file(federation, sites), json, Console())
+
+
 def compare(
     federation: FederationFile,
     sites: SitesFile = None,

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from client.gates import described
 from mmfm_core.artifacts import collect
 from mmfm_core.config import Federation
 from mmfm_core.config.loading import sha256
@@ -24,7 +25,7 @@ from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
 from server.display import duration
 from server.simulation import load_documents
-from server.sites import check_sites, one_class_sites
+from server.sites import check_sites, how_counts_are_told, one_class_sites
 from server.strategy import Strategy
 
 MB = 1e6
@@ -45,13 +46,17 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console) -> None
         state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
         check_patterns(federation, state)
         sites = [
-            describe(name, read_manifest(site, federation.model), federation.model) for name, site in files.items()
+            described(describe(name, read_manifest(site, federation.model), federation.model), site.release)
+            for name, site in files.items()
         ]
         check_sites(federation, sites)
         seconds = seconds_per_study(model, federation)
     console.print(f"[bold]{federation.name}[/]  document sha256 {sha256(federation)}", highlight=False, soft_wrap=True)
     console.print(_sites_table(federation, sites))
     console.print(_labels_table(federation, sites))
+    told = how_counts_are_told({site.site: site.min_count for site in sites})
+    if told:
+        console.print(told, markup=False, highlight=False)
     for site, sentence in one_class_sites(federation, sites):
         console.print(f"{site}: {sentence}", markup=False, highlight=False)
     console.print(_blocks_table(blocks_of(federation, state)))
@@ -103,7 +108,7 @@ def _sites_table(federation: Federation, sites: list[SiteDescription]) -> Table:
     table = _table("Sites, and studies that have each modality", "site", "patients", *SPLITS, *modalities, words=1)
     for site in sites:
         total = sum(site.studies.values())
-        shares = [f"{sum(site.modalities.get(m, {}).values()) / total:.0%}" for m in modalities]
+        shares = [f"{min(sum(site.modalities.get(m, {}).values()) / total, 1):.0%}" for m in modalities]
         splits = [str(site.studies[split]) for split in SPLITS]
         table.add_row(site.site, str(sum(site.patients.values())), *splits, *shares)
     return table

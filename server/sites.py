@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from mmfm_core.config import Federation
 from mmfm_core.config.site import SPLITS
@@ -86,6 +86,15 @@ def one_class_sites(federation: Federation, sites: Iterable[SiteDescription]) ->
                     "its adapted head may forget the other classes; if that is wrong, check 'values' under 'targets'"
                 )
                 yield site.site, sentence
+
+
+def how_counts_are_told(counts: Mapping[str, int]) -> str | None:
+    """A sentence on the sites (name -> their `min_count`) whose counts are not exact; None where all are."""
+    sizes: dict[int, list[str]] = {}
+    for site, size in counts.items():
+        sizes.setdefault(size, []).append(site)
+    coarse = [f"rounded up to multiples of {size} by {', '.join(sizes[size])}" for size in sorted(sizes) if size > 1]
+    return f"Counts are {'; '.join(coarse)}." if coarse else None
 
 
 def _trained_classes(federation: Federation, site: SiteDescription, head: str) -> list[str]:

@@ -23,6 +23,7 @@ from mmfm_core.protocol import (
     Describe,
     Message,
     Metric,
+    Note,
     Refusal,
     RoundReply,
     RoundRequest,
@@ -54,7 +55,8 @@ messages = st.one_of(
         st.dictionaries(texts, counts, max_size=2),
         st.dictionaries(texts, st.dictionaries(texts, counts, max_size=2), max_size=2),
         st.dictionaries(texts, counts, max_size=2),
-        st.lists(texts, max_size=2),
+        st.lists(st.builds(Note, st.integers(0, 2**40), st.integers(0, 2**40), texts), max_size=2),
+        st.integers(1, 2**40),
     ),
     st.builds(RoundRequest, texts, st.integers(), tensors),
     st.builds(

@@ -111,5 +111,6 @@ def _write_site(folder: Path, name: str, held: Sequence[str], patients: int, see
             "study": "study",
             "modalities": {modality: mappings[modality] for modality in held},
             "targets": {"disease": "disease"},
+            "release": {"min_count": 1},
         }
     )

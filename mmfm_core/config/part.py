@@ -139,11 +139,13 @@ class HeadConfig(TaskConfig):
         METRICS: what it can be measured by; by default all, and the first one leads.
         LOWER_IS_BETTER: those of them that cannot lead.
         EXCLUSIVE: whether a study has exactly one of `labels`.
+        PER_STUDY: whether a study counts once at most towards each of `labels`.
     """
 
     METRICS: ClassVar[tuple[str, ...]]
     LOWER_IS_BETTER: ClassVar[tuple[str, ...]] = ()
     EXCLUSIVE: ClassVar[bool] = False
+    PER_STUDY: ClassVar[bool] = True
 
     @property
     def labels(self) -> tuple[str, ...]:

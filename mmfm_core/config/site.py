@@ -1,5 +1,6 @@
 """A site's file: where its data is and how its columns map to the federation's modalities and targets."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -97,6 +98,22 @@ Mapping = Annotated[
 ]
 
 
+class Release(Strict):
+    """How counts leave the site: rounded up to multiples of `min_count`, so that no small group shows.
+
+    Every count (of studies, patients, labels, and the studies behind a figure) is told so, totals like their parts:
+    '5' means 1 to 5, whatever stands beside it. A total that is told beside its two parts leaves every size of a small
+    one possible; of many parts a coincidence can tell more, and then a site raises `min_count`. A figure over fewer
+    studies is not told at all.
+    """
+
+    min_count: int = Field(default=5, ge=1)
+
+    def count(self, exact: float) -> int:
+        """A count as it is told. It grows with `exact`, and zero stays zero: that nothing is there is no secret."""
+        return self.min_count * math.ceil(exact / self.min_count)
+
+
 class Site(Strict):
     """One hospital. It says where its data is and what it holds; it can only tighten what the federation asks.
 
@@ -106,6 +123,7 @@ class Site(Strict):
         share: the patients that are used of a manifest without such a column: from one point to another of [0, 1], on
             which a hash of the identifier puts each patient. To cut one data set into several sites in a simulation.
         labelled: the share of training patients whose targets are used, by a hash too; to study scarce labels.
+        release: how counts leave; the default is for real patients, and public data may say `{min_count: 1}`.
         missing: cells that mean 'missing', in addition to `mmfm_core.config.strict.MISSING_CELLS`.
     """
 
@@ -120,6 +138,7 @@ class Site(Strict):
     split: Splitting = SplitColumn()
     modalities: dict[Name, Mapping] = Field(min_length=1)
     targets: dict[Name, Mapping] = {}
+    release: Release = Release()
     missing: tuple[Cell, ...] = ()
     missing_files: Literal["error", "absent"] = "error"
 

@@ -28,6 +28,7 @@ from mmfm_core.config.site import Site, Split
 from mmfm_core.data.manifest import Study, read_manifest
 from mmfm_core.data.readers import read_image, read_volume
 from mmfm_core.errors import MmfmError
+from mmfm_core.protocol import Note
 from mmfm_core.text import Tokenizer, open_tokenizer
 
 NO_ARTIFACTS = Path("artifacts")
@@ -74,12 +75,12 @@ class Dataset:
 
     Attributes:
         everything: the whole site as one batch.
-        notes: repairs made while reading, as sentences with counts.
+        notes: repairs made while reading.
     """
 
     everything: Batch
     studies: list[Study]
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.studies)
@@ -117,10 +118,8 @@ def load_dataset(site: Site, model: Model, artifacts: Path = NO_ARTIFACTS) -> Da
         if isinstance(modality, TextModality):
             inputs[name], cut = tokenizer.ids([str(s.inputs.get(name, "")) for s in studies], modality.max_length)
             if cut:
-                notes.append(
-                    f"{cut} of {int(here.sum())} texts of '{name}' are longer than {modality.max_length} tokens "
-                    "and were cut"
-                )
+                text = f"texts of '{name}' are longer than {modality.max_length} tokens and were cut"
+                notes.append(Note(cut, int(here.sum()), text))
         elif isinstance(modality, TableModality):
             inputs[name] = _features(studies, name, modality, fit)
         else:
@@ -178,7 +177,7 @@ def concatenate(datasets: Sequence[Dataset], model: Model, artifacts: Path = NO_
 
 def _targets(
     site: Site, studies: list[Study], name: str, model: Model, tokenizer: Tokenizer
-) -> tuple[Tensor, list[str]]:
+) -> tuple[Tensor, list[Note]]:
     head, repairs = model.heads[name], Counter[str]()
     targets = head.unlabelled(model).repeat(len(studies), *[1] * head.unlabelled(model).ndim)
     for row, study in enumerate(studies):
@@ -191,8 +190,8 @@ def _targets(
                 repairs[decoded.repair] += 1
                 decoded = decoded.target
             targets[row] = decoded
-    of_all = f"of {sum(name in study.targets for study in studies)} targets of '{name}'"
-    return targets, [f"{count} {of_all}: {repair}" for repair, count in repairs.items()]
+    held = sum(name in study.targets for study in studies)
+    return targets, [Note(count, held, f"targets of '{name}': {repair}") for repair, count in repairs.items()]
 
 
 def _images(

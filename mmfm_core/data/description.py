@@ -1,4 +1,4 @@
-"""What a site says of its data: counts, by split."""
+"""What a site knows of its data: counts, by split; `client.gates` decides how they are told."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,10 +10,10 @@ from mmfm_core.config.model import Model
 from mmfm_core.config.site import SPLITS
 from mmfm_core.data.dataset import usable
 from mmfm_core.data.manifest import Study
-from mmfm_core.protocol import SiteDescription
+from mmfm_core.protocol import Note, SiteDescription
 
 
-def describe(site: str, studies: Sequence[Study], model: Model, notes: Sequence[str] = ()) -> SiteDescription:
+def describe(site: str, studies: Sequence[Study], model: Model, notes: Sequence[Note] = ()) -> SiteDescription:
     """Count what the site holds of what `model` asks for; modalities and heads of which it has none are left out."""
     modalities = Counter((name, study.split) for study in studies for name in study.inputs)
     labels: Counter[tuple[str, str, str]] = Counter()

@@ -11,12 +11,15 @@ from client.app import site_directories
 from mmfm_core.config import load_site
 from mmfm_core.config.model import Model
 from mmfm_core.config.rounds import rounds_of
+from mmfm_core.config.site import Release
 from mmfm_core.data.dataset import Dataset, concatenate, load_dataset
 from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import Describe, RoundReply, RoundRequest, SiteDescription
 from server.engines.in_process import simulate_with
 from server.record import Run
 from server.strategy import Strategy
+
+EXACT = Release(min_count=1)  # nothing leaves: there is no such site
 
 
 def simulate(run_directory: Path) -> None:
@@ -34,7 +37,7 @@ def simulate(run_directory: Path) -> None:
             link.symlink_to((folders[0] / shared).resolve())
     simulate_with(
         run_directory,
-        [Agent(run_directory / "pooled", "pooled", partial(_read_all, folders, run_directory / "artifacts"))],
+        [Agent(run_directory / "pooled", "pooled", EXACT, partial(_read_all, folders, run_directory / "artifacts"))],
     )
     run.update(status="measuring")  # or a run that is killed now would never be measured
     checkpoint = run.checkpoint()

@@ -17,6 +17,7 @@ from mmfm_core.storage import write_text
 from server.record import Run, read_lines
 from server.report import history, wording
 from server.report.results import Line, read_results
+from server.sites import how_counts_are_told
 
 NEWEST_EVENTS = 200
 
@@ -76,6 +77,7 @@ def render(run: Run) -> str:
         facts=facts,
         sites=sites,
         holdings=history.holdings_of(federation, sites),
+        rounding=how_counts_are_told({name: facts.get("min_count", 1) for name, facts in sites.items()}),
         balance=history.balance_of(federation, sites),
         by_stage=by_stage,
         by_round=by_round,

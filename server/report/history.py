@@ -104,7 +104,10 @@ def holdings_of(federation: Federation, sites: Mapping[str, Any]) -> list[Holdin
     for name, facts in sites.items():
         studies = sum(facts["studies"].values())
         held = {modality: sum(count.values()) for modality, count in facts["modalities"].items()}
-        shares = {m: held[m] / studies if m in held and studies else None for m in federation.model.modalities}
+        shares = {
+            m: min(held[m] / studies, 1.0) if m in held and studies else None  # both may be rounded
+            for m in federation.model.modalities
+        }
         splits = {split: (facts["studies"].get(split, 0), facts["patients"].get(split, 0)) for split in SPLITS}
         holdings.append(Holding(name, shares, splits))
     return holdings

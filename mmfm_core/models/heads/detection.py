@@ -41,6 +41,7 @@ class Detection(HeadConfig):
     """
 
     METRICS = ("map50", "map")
+    PER_STUDY = False
 
     type: Literal["detection"]
     classes: Annotated[tuple[Cell, ...], Field(min_length=1)]
