@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from test_protocol import over_the_wire
@@ -33,6 +34,7 @@ from mmfm_core.protocol import (
 )
 from mmfm_core.storage import Tensors, read_tensors
 from server.coordinator import initial_state
+from server.methods import apply
 from server.strategy import Strategy
 
 HELD = {
@@ -146,6 +148,49 @@ def test_only_shared_tensors_of_held_blocks_leave(
     moved = coordination.strategy.shared
     initial = initial_state(federation)
     assert any((moved[name] != initial[name]).any() for name in moved)
+
+
+@pytest.mark.parametrize("method", ["fedbn", "fedper", "fedrep", "local-fusion-head", "ditto", "dual-lora"])
+def test_what_a_method_keeps_at_a_site_is_nowhere_in_what_travels(
+    tmp_path: Path, sites: dict[str, Site], method: str
+) -> None:
+    """Not of SCAFFOLD: a site sends how its control variate changed, and that is the variate after the first round."""
+    federation = apply(method, tiny_federation(), len(sites))
+    coordination = Coordination(federation, agents(tmp_path / "run", federation, sites))
+    compared = 0
+    for number in (1, 2):
+        for site, (_, sent) in coordination.round(number).items():
+            kept = read_tensors(next((tmp_path / "run" / "sites" / site / "state").rglob(f"round-0000{number}.*")))
+            for name, tensor in kept.items():
+                assert name.encode() not in sent
+                if tensor.size > 4 and len(np.unique(tensor)) > 4:
+                    assert tensor.tobytes() not in sent, name
+                    compared += 1
+    assert compared
+
+
+def test_a_single_study_of_a_modality_trains_its_encoder_by_the_weight_of_one(
+    tmp_path: Path, sites: dict[str, Site]
+) -> None:
+    federation = tiny_federation()
+    frame = pd.read_csv(sites["north"].manifest, dtype=str)
+    only = frame.index[(frame["split"] == "train") & frame["scan"].notna()][0]
+    frame.loc[frame.index != only, "scan"] = None
+    frame["scan"] = frame["scan"].map(lambda path: str(sites["north"].manifest.parent / path), na_action="ignore")
+    frame.to_csv(tmp_path / "manifest.csv", index=False)
+    single = sites["north"].model_copy(update={"manifest": tmp_path / "manifest.csv"})
+    coordination = Coordination(federation, agents(tmp_path / "run", federation, {**sites, "north": single}))
+    before = {name: tensor.copy() for name, tensor in coordination.strategy.shared.items()}
+    reply, _ = coordination.round(1)["north"]
+    assert coordination.sites["north"].modalities["scan"] == {"train": 1, "val": 0, "test": 0}
+    assert reply.weights["encoders.scan"] == 1
+    assert reply.loss is not None
+    after = coordination.strategy.shared
+    assert all(np.isfinite(tensor).all() for tensor in after.values())
+    # Nobody else holds that encoder: it becomes what this site's one study made of it.
+    scan = [name for name in after if name.startswith("encoders.scan.")]
+    assert all((after[name] == reply.tensors[name]).all() for name in scan)
+    assert any((after[name] != before[name]).any() for name in scan)
 
 
 def test_local_parameters_move_on_and_frozen_ones_stay(tmp_path: Path, sites: dict[str, Site]) -> None:
@@ -436,3 +481,30 @@ def test_a_site_that_gives_up_a_modality_goes_on(tmp_path: Path, sites: dict[str
     later = Coordination(federation, {"north": Agent.open(folder)})
     assert "scan" not in later.sites["north"].modalities
     later.round(2)
+
+
+def test_a_site_that_gains_a_modality_joins_its_encoder_and_disturbs_nobody(
+    tmp_path: Path, sites: dict[str, Site]
+) -> None:
+    federation = tiny_federation(parameters={"local": ["heads.*"]})
+    mappings = sites["north"].modalities
+    less = sites["north"].model_copy(update={"modalities": {n: m for n, m in mappings.items() if n != "scan"}})
+    run = prepare_run(tmp_path / "run", federation, {"third": sites["north"], "north": less, "south": sites["south"]})
+    folders = {name: run / "sites" / name for name in ("third", "north", "south")}
+    coordination = Coordination(federation, {name: Agent.open(folder) for name, folder in folders.items()})
+    assert not any("scan" in name for name in coordination.round(1)["north"][0].tensors)
+    shared = coordination.strategy.shared
+    (folders["north"] / "site.yaml").write_text(dump(sites["north"]))
+    later = Coordination(federation, {name: Agent.open(folder) for name, folder in folders.items()})
+    later.strategy = Strategy(federation, {name: tensor.copy() for name, tensor in shared.items()})
+    kept = LocalState(next((folders["north"] / "state").iterdir())).before(2)
+    went_on = {name: reply for name, (reply, _) in coordination.round(2).items() if name != "north"}
+    replies = {name: reply for name, (reply, _) in later.round(2).items()}
+    assert any(name.startswith("encoders.scan.") for name in replies["north"].tensors)
+    for name, reply in went_on.items():
+        assert_same(replies[name], reply)
+    # Its own head goes on from what it was, and does not start over.
+    now = LocalState(next((folders["north"] / "state").iterdir())).before(3)
+    initial = full_model(federation.model, federation.seed).state_dict()
+    weight = "heads.disease.linear.weight"
+    assert np.abs(now[weight] - kept[weight]).mean() < np.abs(now[weight] - initial[weight].numpy()).mean()
