@@ -56,12 +56,22 @@ def simulate(
     )
 
 
-def plan(federation: FederationFile, sites: SitesFile = None) -> None:
+def plan(
+    federation: FederationFile,
+    sites: SitesFile = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Also say which noise would protect each patient by this epsilon.")
+    ] = None,
+    noise: Annotated[float | None, typer.Option(help="Or which epsilon this noise multiplier would give.")] = None,
+    delta: Annotated[float, typer.Option(help="The delta of either.")] = 1e-5,
+) -> None:
     """Print what a federation would do: sites, parameters and their fate, bytes per round, minutes. Trains nothing."""
     _one_thread()
     from server.plan import show_plan
+    from server.privacy import Wish
 
-    show_plan(federation, _sites_file(federation, sites), Console())
+    wish = None if epsilon is None and noise is None else Wish(epsilon, noise, delta)
+    show_plan(federation, _sites_file(federation, sites), Console(), wish)
 
 
 def survey(

@@ -24,16 +24,18 @@ from mmfm_core.models.parameters import CONTROL, Block, blocks_of, check_pattern
 from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
 from server.display import duration
+from server.privacy import Wish, choices, steps_of, table, warnings
 from server.simulation import load_documents
 from server.sites import check_sites, how_counts_are_told, one_class_sites
 from server.strategy import Strategy
 
 MB = 1e6
+NOT_YET = "This version trains without privacy: the table is what it would take, and nothing is protected yet."
 A_TOKEN = 5  # any id that every tokenizer has and that is no padding
 
 
-def show_plan(federation_file: Path, sites_file: Path, console: Console) -> None:
-    """Check everything that can be checked without training, and print the plan.
+def show_plan(federation_file: Path, sites_file: Path, console: Console, wish: Wish | None = None) -> None:
+    """Check everything that can be checked without training, and print the plan; with a wish for privacy, its price.
 
     Raises:
         MmfmError: the run would fail on a document or a manifest.
@@ -63,6 +65,12 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console) -> None
     console.print(_traffic_table(state, federation, sites))
     console.print(_stages_table(federation))
     _print_times(federation, sites, seconds, console)
+    if wish:
+        with console.status("Accounting"):
+            found = choices(federation, state, sites, wish)
+        console.print(table(found, wish, steps_of(federation)))
+        for sentence in (*warnings(found, sites, wish), NOT_YET):
+            console.print(sentence, markup=False, highlight=False)
 
 
 def seconds_per_study(model: MultimodalModel, federation: Federation, studies: int = 16) -> float:
