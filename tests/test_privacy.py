@@ -135,7 +135,7 @@ def test_a_wish_that_makes_no_sense_is_refused(wish: tuple[float | None, float |
 
 def test_an_epsilon_that_no_noise_reaches_is_refused() -> None:
     with pytest.raises(MmfmError, match="ask for more"):
-        noise_for(1e-4, 0.1, 100, 1e-5)
+        noise_for(1e-3, 1.0, 120, 1e-5)
 
 
 def test_both_questions_have_answers_that_agree(tmp_path: Path) -> None:
