@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from mmfm_core.config.loading import sha256
 from mmfm_core.config.strict import did_you_mean
 from mmfm_core.errors import MmfmError
 from mmfm_core.storage import write_json, write_text
+from server import verdict
 from server.coordinator import initial_state
-from server.evidence import Evidence, evidence, read_predictions
+from server.evidence import Cost, Evidence, evidence, read_predictions
 from server.methods import METHODS, REFERENCE, apply
 from server.record import Run, read_lines
 from server.simulation import FEATURES, PLAIN, load_documents, prepare
@@ -24,14 +24,6 @@ from server.sites import FEDERATION
 from server.workers import Job, work
 
 WORKERS = 2
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one run of a method takes, mean over seeds: minutes of rounds, and MB that all sites send and receive."""
-
-    minutes: float
-    megabytes: float
 
 
 def compare(
@@ -142,8 +134,6 @@ def _cost(directory: Path, name: str, seeds: int) -> Cost:
 def _tell(
     directory: Path, found: Sequence[Evidence], costs: dict[str, Cost], name: str, seeds: int, console: Console
 ) -> None:
-    from server import verdict
-
     page = [f"# {name}: methods compared, {seeds} seeds\n"]
     for each in found:
         console.print(verdict.terminal_table(each, costs))

@@ -18,6 +18,14 @@ Predictions = Mapping[str, Mapping[str, Sequence[pd.DataFrame]]]
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one run of a method takes, mean over seeds: minutes of rounds, and MB that all sites send and receive."""
+
+    minutes: float
+    megabytes: float
+
+
+@dataclass(frozen=True)
 class Figure:
     """A value with its 95 % interval (percentiles); NaN where undefined."""
 

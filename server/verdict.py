@@ -2,24 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib import rc_context
 from rich.table import Table
 
-from server.evidence import Evidence, Figure
+from server.evidence import Cost, Evidence, Figure
 from server.methods import METHODS, REFERENCE
 from server.report.drawing import SETTINGS, stacked, to_svg
-
-if TYPE_CHECKING:
-    from server.compare import Cost
 
 BOUNDS = ("local-only", "fedavg")
 ROW = 16
 """Points of height a method has in the plot."""
 
 
-def rows(e: Evidence, costs: Mapping[str, "Cost"]) -> tuple[list[str], list[list[str]]]:
+def rows(e: Evidence, costs: Mapping[str, Cost]) -> tuple[list[str], list[list[str]]]:
     """The table's header and its cells, a row per method."""
     sites = list(e.patients)
     header = ["method", *sites, "mean of sites", "mean of patients", "worst site", "against FedAvg + adaptation"]
@@ -38,7 +35,7 @@ def rows(e: Evidence, costs: Mapping[str, "Cost"]) -> tuple[list[str], list[list
     return header, cells
 
 
-def terminal_table(e: Evidence, costs: Mapping[str, "Cost"]) -> Table:
+def terminal_table(e: Evidence, costs: Mapping[str, Cost]) -> Table:
     """For a terminal: methods as columns would not fit, sites as columns do not either, so a row per method and key
     figures; all sites are in the files."""
     header, cells = rows(e, costs)
@@ -51,7 +48,7 @@ def terminal_table(e: Evidence, costs: Mapping[str, "Cost"]) -> Table:
     return table
 
 
-def markdown_table(e: Evidence, costs: Mapping[str, "Cost"]) -> str:
+def markdown_table(e: Evidence, costs: Mapping[str, Cost]) -> str:
     """The whole table."""
     header, cells = rows(e, costs)
     title = f"## {e.head}: {e.metric} on test patients\n"
@@ -106,7 +103,7 @@ def _harm(e: Evidence) -> list[str]:
     return told
 
 
-def numbers(e: Evidence, costs: Mapping[str, "Cost"]) -> dict[str, Any]:
+def numbers(e: Evidence, costs: Mapping[str, Cost]) -> dict[str, Any]:
     """The same for machines; None where a figure is undefined."""
 
     def plain(figure: Figure) -> dict[str, float | None]:

@@ -18,8 +18,8 @@ from mmfm_core.artifacts import sha256_of
 from mmfm_core.config.loading import dump
 from mmfm_core.errors import MmfmError
 from server import verdict
-from server.compare import Cost, compare
-from server.evidence import Evidence, Figure, evidence
+from server.compare import compare
+from server.evidence import Cost, Evidence, Figure, evidence
 from server.methods import METHODS, REFERENCE, Method, apply
 
 FEDERATION = tiny_federation()
