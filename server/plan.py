@@ -1,6 +1,7 @@
 """`mmfm plan`: what a federation would do, before anything trains."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,17 +11,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from client.gates import described
+from client.loading import arrays
 from mmfm_core.artifacts import collect
 from mmfm_core.config import Federation
 from mmfm_core.config.loading import sha256
 from mmfm_core.config.modality import TableModality, TextModality
 from mmfm_core.config.rounds import rounds_of
 from mmfm_core.config.site import SPLITS
-from mmfm_core.data.dataset import Batch
+from mmfm_core.data.dataset import Batch, Dataset
 from mmfm_core.data.description import describe
-from mmfm_core.data.manifest import read_manifest
+from mmfm_core.data.features import with_features
+from mmfm_core.data.manifest import Study, read_manifest
 from mmfm_core.models.model import MultimodalModel, full_model
-from mmfm_core.models.parameters import CONTROL, Block, blocks_of, check_patterns, fates_of, matches
+from mmfm_core.models.parameters import CONTROL, Block, blocks_of, check_patterns, fates_of, held, matches
 from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
 from server.display import duration
@@ -31,7 +34,7 @@ from server.strategy import Strategy
 
 MB = 1e6
 NOT_YET = "This version trains without privacy: the table is what it would take, and nothing is protected yet."
-A_TOKEN = 5  # any id that every tokenizer has and that is no padding
+A_TOKEN = 5  # it and the one before it: ids that every tokenizer has and that are no padding
 
 
 def show_plan(federation_file: Path, sites_file: Path, console: Console, wish: Wish | None = None) -> None:
@@ -52,7 +55,7 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console, wish: W
             for name, site in files.items()
         ]
         check_sites(federation, sites)
-        seconds = seconds_per_study(model, federation)
+        cost = cost_of_a_study(model, federation)
     console.print(f"[bold]{federation.name}[/]  document sha256 {sha256(federation)}", highlight=False, soft_wrap=True)
     console.print(_sites_table(federation, sites))
     console.print(_labels_table(federation, sites))
@@ -64,7 +67,7 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console, wish: W
     console.print(_blocks_table(blocks_of(federation, state)))
     console.print(_traffic_table(state, federation, sites))
     console.print(_stages_table(federation))
-    _print_times(federation, sites, seconds, console)
+    _print_times(federation, sites, cost, console)
     if wish:
         with console.status("Accounting"):
             found = choices(federation, state, sites, wish)
@@ -73,16 +76,31 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console, wish: W
             console.print(sentence, markup=False, highlight=False)
 
 
-def seconds_per_study(model: MultimodalModel, federation: Federation, studies: int = 16) -> float:
-    """Seconds that one study costs in a training step on this machine, with every modality present."""
-    batch = _random_batch(federation, studies)
+@dataclass(frozen=True)
+class Seconds:
+    """What one study with every modality costs on this machine: in each training step, and once for frozen trunks."""
+
+    step: float
+    once: float
+
+
+def cost_of_a_study(model: MultimodalModel, federation: Federation, studies: int = 16) -> Seconds:
+    """Measured on random studies."""
+    frozen = held(fates_of(federation, arrays(model)), "frozen")
+    started = time.perf_counter()
+    with TemporaryDirectory() as cache:
+        names = [Study(row, str(row), str(row), "train", {}, {}) for row in range(studies)]
+        random = Dataset(_random_batch(federation, studies), names)
+        batch = with_features(random, model, federation.model, frozen, Path(cache)).everything
+    once = (time.perf_counter() - started) / studies if batch.features else 0.0
     tasks = list(federation.model.tasks)
+    model.train()
     best = float("inf")
     for _ in range(3):  # the first step also allocates
         started = time.perf_counter()
         torch.stack([loss.sum() for loss in model.losses(batch, tasks).values()]).sum().backward()
         best = min(best, time.perf_counter() - started)
-    return best / studies
+    return Seconds(best / studies, once)
 
 
 def _random_batch(federation: Federation, studies: int) -> Batch:
@@ -90,6 +108,8 @@ def _random_batch(federation: Federation, studies: int) -> Batch:
     for name, modality in federation.model.modalities.items():
         if isinstance(modality, TextModality):
             inputs[name] = torch.full((studies, modality.max_length), A_TOKEN)
+            for row in range(studies):  # what is alike would be computed once
+                inputs[name][row, row % modality.max_length] = A_TOKEN - 1
         elif isinstance(modality, TableModality):
             inputs[name] = torch.zeros(studies, len(modality.features))
         else:
@@ -189,13 +209,16 @@ def _stages_table(federation: Federation) -> Table:
     return table
 
 
-def _print_times(federation: Federation, sites: list[SiteDescription], seconds: float, console: Console) -> None:
+def _print_times(federation: Federation, sites: list[SiteDescription], cost: Seconds, console: Console) -> None:
     steps = sum(stage.rounds * stage.local_steps * stage.batch_size for stage in federation.stages)
     # A forward pass costs about a third of a training step.
     evaluated = [sum(site.studies[split] for r in rounds_of(federation) for split in r.evaluates) / 3 for site in sites]
-    per_site = [(steps + evaluations) * seconds for evaluations in evaluated]
+    per_site = [
+        (steps + evaluations) * cost.step + sum(site.studies.values()) * cost.once
+        for site, evaluations in zip(sites, evaluated, strict=True)
+    ]
     federated = [stage for stage in federation.stages if stage.federated]
-    bounds = 2 * len(sites) * sum(s.rounds * s.local_steps * s.batch_size for s in federated) * seconds
+    bounds = 2 * len(sites) * sum(s.rounds * s.local_steps * s.batch_size for s in federated) * cost.step
     simulated, beside, busiest = duration(sum(per_site)), duration(bounds), duration(max(per_site))
     lines = (
         f"{len(rounds_of(federation))} rounds. Estimated on this machine: {simulated} to simulate them in turn, and",
