@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,24 +15,29 @@ from client.adaptation import choose
 from client.learning import PERSONAL, learn
 from client.loading import arrays, load
 from client.predictions import write_predictions
+from client.private import PrivateRounds
 from client.state import LocalState
 from mmfm_core.config import Federation, load_site
 from mmfm_core.config.federation import Fate, Stage
 from mmfm_core.config.model import Model
 from mmfm_core.config.rounds import Round, rounds_of
-from mmfm_core.config.site import Release, Split
+from mmfm_core.config.site import Budget, Release, Split
 from mmfm_core.data.dataset import Dataset, load_dataset
 from mmfm_core.data.description import describe
 from mmfm_core.data.features import with_features
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel, seeded
 from mmfm_core.models.parameters import CONTROL, block_of, fates_of, held, matches
+from mmfm_core.privacy.ledger import Ledger
+from mmfm_core.privacy.step import patients_of, unpredictable
 from mmfm_core.protocol import Describe, Metric, Refusal, RoundReply, RoundRequest, SiteDescription
 from mmfm_core.storage import Tensors
 from mmfm_core.training.evaluation import metrics_of, predict, subsets
 from mmfm_core.training.steps import train
 
 log = logging.getLogger(__name__)
+
+LEDGER = "ledger.db"
 
 
 @dataclass(frozen=True)
@@ -45,24 +51,36 @@ class Participation:
     initial: Tensors
     fates: dict[str, Fate]
     state: LocalState
+    private: PrivateRounds | None
 
 
 class Agent:
     """A site's agent over its directory.
 
     The directory holds `site.yaml`, `approved/<sha256>.yaml` (the documents this site agreed to), and what the agent
-    writes: `state/` (local parameters), `predictions/` and `cache/` (features of frozen trunks); none of it is sent.
+    writes: `state/` (local parameters), `predictions/`, `cache/` (features of frozen trunks) and `ledger.db`, none of
+    which is sent; and `answers/` (the last replies to private rounds).
     """
 
-    def __init__(self, directory: Path, name: str, release: Release, read: Callable[[Model], Dataset]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        release: Release,
+        read: Callable[[Model], Dataset],
+        budget: Budget | None = None,
+        ledger: Path | None = None,
+    ) -> None:
         self.directory, self.name, self._release, self._read = directory, name, release, read
+        self._budget, self._ledger = budget or Budget(), Ledger(ledger or directory / LEDGER)
         self._participations: dict[str, Participation] = {}
 
     @classmethod
     def open(cls, directory: Path) -> "Agent":
         """The agent of a site's directory."""
         site = load_site(directory / "site.yaml")
-        return cls(directory, site.name, site.release, partial(load_dataset, site, artifacts=directory / "artifacts"))
+        read = partial(load_dataset, site, artifacts=directory / "artifacts")
+        return cls(directory, site.name, site.release, read, site.budget, site.ledger)
 
     def answer(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:
         """Answer, or refuse with a reason; never raise, and never let a value of a record into a reason."""
@@ -103,8 +121,15 @@ class Agent:
                 initial,
                 fates,
                 LocalState(self.directory / "state" / document[:16]),
+                self._private(federation, document),
             )
         return self._participations[document]
+
+    def _private(self, federation: Federation, document: str) -> PrivateRounds | None:
+        if not federation.privacy:
+            return None
+        answers = self.directory / "answers" / document[:16]
+        return PrivateRounds.of(federation, document, self._budget, self._ledger, answers)
 
     def _take_part(self, p: Participation, request: RoundRequest) -> RoundReply:
         started = time.monotonic()
@@ -113,6 +138,9 @@ class Agent:
         this = p.rounds[request.round - 1]
         shared = {name: p.initial[name] for name in held(p.fates, "shared")}
         gates.check_tensors(request.tensors, shared | controls_of(p.federation, this, shared))
+        private = p.private if this.returns_tensors else None
+        if private and (known := private.answered(request)):
+            return known
         kept = p.state.before(this.number)
         # What was adapted here comes last: after the last upload it stands over the shared state.
         tensors = {**p.initial, **request.tensors, **kept}
@@ -129,32 +157,43 @@ class Agent:
                 metrics += self._measure(p, "adapted", ("val", "test"))
         elif this.stage.federated:
             trained = self._trained(p, this.stage)
-            with seeded(p.federation.seed, self.name, this.number):
-                learned = learn(p.model, p.dataset, this.stage, trained, list(shared), request.tensors, kept)
+            with self._randomness(p, this), private.paid(this.number, this.stage) if private else nullcontext():
+                mechanism = private.mechanism(self._patients(p, this.stage)) if private else None
+                learned = learn(p.model, p.dataset, this.stage, trained, list(shared), request.tensors, kept, mechanism)
+                leaving = gates.releasable(learned.after, [n for n in trained if n in shared])
+                controls = gates.releasable(learned.controls, learned.controls)
             loss = learned.loss
-            leaving = gates.releasable(learned.after, [n for n in trained if n in shared])
             weights = block_weights(p.federation.model, p.dataset, this, leaving)
-            leaving |= gates.releasable(learned.controls, learned.controls)
+            leaving |= controls
             stays = {name: array for name, array in kept.items() if name not in p.initial} | learned.kept
             p.state.save(this.number, {name: learned.after[name] for name in held(p.fates, "local")} | stays)
         else:
             trained = self._trained(p, this.stage)
-            with seeded(p.federation.seed, self.name, this.number):
+            with self._randomness(p, this):
                 loss = train(p.model, p.dataset, this.stage, trained)
                 share, after = choose(p.model, p.dataset, this.stage, before, arrays(p.model))
             load(p.model, after)
             metrics += self._measure(p, "adapted", ("val", "test"))
             metrics += interpolations(p, this.stage, share)
             p.state.save(this.number, {name: after[name] for name in {*trained, *held(p.fates, "local")}})
-        return RoundReply(
+        reply = RoundReply(
             site=self.name,
             round=this.number,
             weights=gates.weighed(weights, self._release),
-            metrics=gates.measured(metrics, self._release),
-            loss=loss,
+            metrics=gates.measured(metrics, self._release, p.federation.privacy),
+            loss=gates.told(loss, p.federation.privacy),
             seconds=time.monotonic() - started,
             tensors=leaving,
         )
+        return private.keep(request, reply) if private else reply
+
+    def _randomness(self, p: Participation, this: Round) -> AbstractContextManager[None]:
+        """Of masks, dropout and the order of studies: repeatable, but secret where privacy must not depend on it."""
+        return unpredictable() if p.private else seeded(p.federation.seed, self.name, this.number)
+
+    def _patients(self, p: Participation, stage: Stage) -> int:
+        """How many patients a stage trains on, as it may be told."""
+        return self._release.count(len(patients_of(p.dataset, p.dataset.rows("train", list(stage.tasks)))))
 
     def _trained(self, p: Participation, stage: Stage) -> list[str]:
         return [name for name, fate in p.fates.items() if fate != "frozen" and matches(name, stage.train)]

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmfm_core.config import Federation, load_federation
 from mmfm_core.config.loading import dump, sha256
+from mmfm_core.config.privacy import Privacy
 from mmfm_core.config.site import Release
 from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import Metric, SiteDescription
@@ -71,29 +72,36 @@ def releasable(state: Tensors, names: Iterable[str]) -> Tensors:
 def described(site: SiteDescription, release: Release) -> SiteDescription:
     """What a site holds, as its policy lets it be told."""
 
-    def told(counts: Mapping[str, int]) -> dict[str, int]:
+    def rounded(counts: Mapping[str, int]) -> dict[str, int]:
         return {key: release.count(count) for key, count in counts.items()}
 
     return replace(
         site,
-        studies=told(site.studies),
-        patients=told(site.patients),
-        modalities={name: told(counts) for name, counts in site.modalities.items()},
-        targets={head: {split: told(labels) for split, labels in of.items()} for head, of in site.targets.items()},
-        tasks={name: told(counts) for name, counts in site.tasks.items()},
+        studies=rounded(site.studies),
+        patients=rounded(site.patients),
+        modalities={name: rounded(counts) for name, counts in site.modalities.items()},
+        targets={head: {split: rounded(labels) for split, labels in of.items()} for head, of in site.targets.items()},
+        tasks={name: rounded(counts) for name, counts in site.tasks.items()},
         notes=[replace(note, count=release.count(note.count), of=release.count(note.of)) for note in site.notes],
         min_count=release.min_count,
     )
 
 
-def measured(metrics: Iterable[Metric], release: Release) -> list[Metric]:
-    """A site's figures, without those over too few studies to be told."""
+def measured(metrics: Iterable[Metric], release: Release, privacy: Privacy | None) -> list[Metric]:
+    """A site's figures, without those over too few studies to be told; none where the document withholds them."""
+    if privacy and privacy.figures == "withheld":
+        return []
     return [
         replace(m, n=release.count(m.n), value=None, low=None, high=None)
         if m.n < release.min_count
         else replace(m, n=release.count(m.n))
         for m in metrics
     ]
+
+
+def told(loss: float | None, privacy: Privacy | None) -> float | None:
+    """The mean training loss, unless the document withholds it."""
+    return None if privacy and privacy.figures == "withheld" else loss
 
 
 def weighed(weights: Mapping[str, float], release: Release) -> dict[str, float]:

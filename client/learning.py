@@ -3,13 +3,16 @@
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from client.loading import arrays, load
 from mmfm_core.config.federation import Stage
 from mmfm_core.data.dataset import Dataset
+from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel
 from mmfm_core.models.parameters import CONTROL
+from mmfm_core.privacy.step import Mechanism
 from mmfm_core.storage import Tensors
 from mmfm_core.training.steps import Rule, train
 
@@ -41,6 +44,7 @@ def learn(
     shared: Collection[str],
     received: Tensors,
     kept: Tensors,
+    mechanism: Mechanism | None = None,
 ) -> Learned:
     """Train from the state that the model has, once for the federation and, with Ditto, once for the site.
 
@@ -49,6 +53,11 @@ def learn(
         shared: those of the whole state that the federation shares.
         received: shared tensors as they came, and `CONTROL` + name for the coordinator's control variates.
         kept: what the site kept from the round before.
+        mechanism: makes every step private that the federation learns from. Ditto's model of the site alone is not:
+            no later round begins from it.
+
+    Raises:
+        MmfmError: see `train`; or a private round changed a buffer, which has no noise.
     """
     before = arrays(model)
     anchors = {name: torch.from_numpy(before[name]) for name in trained if name in shared}
@@ -60,8 +69,10 @@ def learn(
         correction={name: torch.from_numpy(theirs[name] - own[name]) for name in theirs},
         first=set(trained) - set(shared),
     )
-    loss = train(model, dataset, stage, trained, rule)
+    loss = train(model, dataset, stage, trained, rule, mechanism)
     after = arrays(model)
+    if mechanism:
+        check_buffers(model, before, after)
     # Karimireddy et al. 2020, equation 4, option II: the mean gradient of the steps just taken.
     size = stage.optimizer.lr * (stage.local_steps - stage.local_first)
     changes = {CONTROL + name: (before[name] - after[name]) / size - theirs[name] for name in theirs}
@@ -72,3 +83,16 @@ def learn(
         mine = arrays(model)
         keeps |= {PERSONAL + name: mine[name] for name in trained}
     return Learned(loss, after, changes, keeps)
+
+
+def check_buffers(model: MultimodalModel, before: Tensors, after: Tensors) -> None:
+    """Check that training changed no buffer: running statistics are of patients, and have no noise.
+
+    Raises:
+        MmfmError: one was changed.
+    """
+    for name, _ in model.named_buffers():
+        if name in before and not np.array_equal(before[name], after[name]):
+            raise MmfmError(
+                f"privacy: '{name}' gathers statistics of patients without noise; freeze it, or use LayerNorm"
+            )

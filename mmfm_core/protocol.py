@@ -96,7 +96,8 @@ class RoundReply:
 
     Attributes:
         weights: block of the model -> training studies that had its modality (or target), told as `Metric.n`.
-        loss: mean training loss; None where nothing was trained.
+        loss: mean training loss; None where nothing was trained, or where it is withheld.
+        epsilon: what the document's rounds have cost each patient of the site so far; None where they are not private.
     """
 
     site: str
@@ -106,6 +107,7 @@ class RoundReply:
     loss: float | None
     seconds: float
     tensors: Tensors = field(default_factory=dict)
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,5 +1,6 @@
 """Files that are whole or absent: written under another name, flushed to the disk, then renamed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -43,6 +44,16 @@ def read_tensors(path: Path) -> Tensors:
         raise MmfmError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # safetensors raises its own, undocumented types
         raise MmfmError(f"{path}: is not a whole safetensors file; restore it or remove it") from error
+
+
+def digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """The sha256 of tensors with their names, types and shapes."""
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        hashed.update(f"{name} {array.dtype} {array.shape} ".encode())
+        hashed.update(array.tobytes())
+    return hashed.hexdigest()
 
 
 @contextmanager

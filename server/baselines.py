@@ -1,6 +1,7 @@
 """What a federation must be compared with: each site alone, and the bound of all data in one place.
 
-Both are the same document, changed in a line or two, run by the same code.
+Both are the same document, changed in a line or two, run by the same code, and without the noise of a private one:
+alone nothing leaves a site, and the bound is one of what could be had.
 """
 
 from mmfm_core.config import Federation
@@ -23,7 +24,7 @@ def local_only(federation: Federation) -> Federation:
         for stage in federation.stages
         if stage.federated
     )
-    return federation.model_copy(update={"stages": stages})
+    return federation.model_copy(update={"stages": stages, "privacy": None})
 
 
 def pooled(federation: Federation, sites: int) -> Federation:
@@ -35,4 +36,5 @@ def pooled(federation: Federation, sites: int) -> Federation:
     )
     aggregation = federation.aggregation.model_copy(update={"min_sites": 1, "strategy": FedAvg()})
     everything = federation.parameters.model_copy(update={"shared": ("*",), "local": ()})
-    return federation.model_copy(update={"stages": stages, "aggregation": aggregation, "parameters": everything})
+    changes = {"stages": stages, "aggregation": aggregation, "parameters": everything, "privacy": None}
+    return federation.model_copy(update=changes)

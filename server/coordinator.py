@@ -138,6 +138,8 @@ class Coordinator:
         self.run.record(**line, metric="seconds", value=reply.seconds)
         if reply.loss is not None:
             self.run.record(**line, split="train", metric="loss", value=reply.loss)
+        if reply.epsilon is not None:
+            self.run.record(**line, metric="epsilon", value=reply.epsilon)
         for m in reply.metrics:
             self.run.record(
                 **line,

@@ -24,6 +24,7 @@ from mmfm_core.data.features import with_features
 from mmfm_core.data.manifest import Study, read_manifest
 from mmfm_core.models.model import MultimodalModel, full_model
 from mmfm_core.models.parameters import CONTROL, Block, blocks_of, check_patterns, fates_of, held, matches
+from mmfm_core.privacy.statement import statement
 from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
 from server.display import duration
@@ -33,7 +34,7 @@ from server.sites import check_sites, how_counts_are_told, one_class_sites
 from server.strategy import Strategy
 
 MB = 1e6
-NOT_YET = "This version trains without privacy: the table is what it would take, and nothing is protected yet."
+NOT_PRIVATE = "This document has no 'privacy': what leaves a site can in principle carry traces of single patients."
 A_TOKEN = 5  # it and the one before it: ids that every tokenizer has and that are no padding
 
 
@@ -68,12 +69,19 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console, wish: W
     console.print(_traffic_table(state, federation, sites))
     console.print(_stages_table(federation))
     _print_times(federation, sites, cost, console)
+    privacy = federation.privacy
+    if privacy and not wish:
+        wish = Wish(privacy.epsilon, None, privacy.delta)
     if wish:
         with console.status("Accounting"):
             found = choices(federation, state, sites, wish)
         console.print(table(found, wish, steps_of(federation)))
-        for sentence in (*warnings(found, sites, wish), NOT_YET):
+        for sentence in warnings(found, sites, wish):
             console.print(sentence, markup=False, highlight=False)
+    for term, sentence in statement(federation) if privacy else ():
+        console.print(f"[bold]{term}.[/] {escape(sentence)}", highlight=False)
+    if not privacy:
+        console.print(NOT_PRIVATE, markup=False, highlight=False)
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,13 @@ class Choice:
 
 
 def choices(federation: Federation, state: Tensors, sites: Sequence[SiteDescription], wish: Wish) -> list[Choice]:
-    """What each of `RATES` needs for all federated rounds; the noise goes over all parameters that these train."""
+    """What each of `RATES`, and the document's own, needs for all federated rounds, over all parameters they train."""
     steps = steps_of(federation)
     if not steps:
         raise MmfmError("stages: none is federated, so that nothing leaves a site that noise could protect")
     size = sum(state[name].size for name in _trained(federation, state))
     found = []
-    for rate in RATES:
+    for rate in sorted({*RATES, *([federation.privacy.rate] if federation.privacy else [])}):
         noise = wish.noise if wish.noise is not None else noise_for(wish.epsilon or 0, rate, steps, wish.delta)
         drowned = {
             # Over T steps noise of length s C sqrt(d) grows by sqrt(T), and q N clipped gradients at most by T.

@@ -44,7 +44,7 @@ def check_figures(reply: RoundReply, federation: Federation) -> None:
     """
     if not {figure.task for figure in reply.metrics} <= federation.model.heads.keys():
         raise MmfmError("it measured a head that the document does not have")
-    values = [reply.seconds, reply.loss, *(v for f in reply.metrics for v in (f.value, f.low, f.high))]
+    values = [reply.seconds, reply.loss, reply.epsilon, *(v for f in reply.metrics for v in (f.value, f.low, f.high))]
     if not all(value is None or math.isfinite(value) for value in values):
         raise MmfmError("its figures hold values that are not finite")
 

@@ -56,6 +56,16 @@ def tiny_federation(**changes: Any) -> Federation:
     return Federation.model_validate(document | changes)
 
 
+def private_federation(privacy: Mapping[str, Any] | None = None, **changes: Any) -> Federation:
+    """The same with patient-level privacy, and nothing normalised by what a site's patients are like."""
+    document = tiny_federation().model_dump(mode="json")
+    document["model"]["modalities"]["scan"]["normalize"] = "study"
+    declared = {"normalize": {"mean": 10, "std": 30}}
+    document["model"]["modalities"]["labs"]["features"] = {"crp": declared, "age": declared}
+    document["privacy"] = {"epsilon": 8, "delta": 1e-5, "rate": 0.5} | dict(privacy or {})
+    return Federation.model_validate(document | changes)
+
+
 def write_sites(folder: Path, sites: Mapping[str, Sequence[str]] = SITES, patients: int = 24) -> dict[str, Site]:
     """Write each site's manifest and images into `folder/<site>`; `sites` says which modalities each one holds.
 

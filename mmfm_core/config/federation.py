@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from mmfm_core.config.model import Model
+from mmfm_core.config.privacy import Privacy, leaks
 from mmfm_core.config.strict import Name, Strict, did_you_mean
 
 Fate = Literal["shared", "local", "frozen"]
@@ -161,6 +162,7 @@ class Federation(Strict):
     stages: tuple[Stage, ...] = Field(min_length=1)
     parameters: Parameters = Parameters()
     aggregation: Aggregation = Aggregation()
+    privacy: Privacy | None = None
     evaluation: dict[Name, Evaluation] = {}
 
     @model_validator(mode="after")
@@ -176,9 +178,10 @@ class Federation(Strict):
             if names.count(stage.name) > 1:
                 raise ValueError(f"stages.{index}.name: '{stage.name}' is used twice")
             if stage.federated and not all(earlier.federated for earlier in self.stages[:index]):
+                noise = ", and has no noise, which later gradients of every patient would carry" * bool(self.privacy)
                 raise ValueError(
                     f"stages.{index}: a federated stage cannot follow one that adapts at the sites; "
-                    "what a site adapted is never sent"
+                    f"what a site adapted is never sent{noise}"
                 )
         return self
 
@@ -194,6 +197,17 @@ class Federation(Strict):
                     f"stages.{index}: sites that train a 'personal' model end with that one; take out this stage, or "
                     "'personal'"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_private(self) -> "Federation":
+        if self.privacy:
+            federated = {task for stage in self.stages if stage.federated for task in stage.tasks}
+            if not federated:
+                raise ValueError("privacy: no stage is federated, so that nothing leaves a site; leave it out")
+            leak = next(leaks(self.model, {name: self.model.tasks[name] for name in sorted(federated)}), None)
+            if leak:
+                raise ValueError(leak)
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mmfm_core.config.strict import Cell, Name, Strict
 
@@ -114,6 +123,13 @@ class Release(Strict):
         return self.min_count * math.ceil(exact / self.min_count)
 
 
+class Budget(Strict):
+    """What all private federations together may cost each of the site's patients."""
+
+    epsilon: PositiveFloat = 8.0
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+
+
 class Site(Strict):
     """One hospital. It says where its data is and what it holds; it can only tighten what the federation asks.
 
@@ -124,6 +140,9 @@ class Site(Strict):
             which a hash of the identifier puts each patient. To cut one data set into several sites in a simulation.
         labelled: the share of training patients whose targets are used, by a hash too; to study scarce labels.
         release: how counts leave; the default is for real patients, and public data may say `{min_count: 1}`.
+        budget: what private federations may cost a patient here, all of them together; the ledger holds them to it.
+        ledger: where that is written down; by default in the site's directory. Several sites of one hospital that hold
+            the same patients name one ledger.
         missing: cells that mean 'missing', in addition to `mmfm_core.config.strict.MISSING_CELLS`.
     """
 
@@ -139,6 +158,8 @@ class Site(Strict):
     modalities: dict[Name, Mapping] = Field(min_length=1)
     targets: dict[Name, Mapping] = {}
     release: Release = Release()
+    budget: Budget = Budget()
+    ledger: Path | None = None
     missing: tuple[Cell, ...] = ()
     missing_files: Literal["error", "absent"] = "error"
 
@@ -149,11 +170,11 @@ class Site(Strict):
             raise ValueError("must be two points of [0, 1], the lower one first, for example [0, 0.25]")
         return share
 
-    @field_validator("manifest")
+    @field_validator("manifest", "ledger")
     @classmethod
-    def _relative_to_the_file(cls, manifest: Path, info: ValidationInfo) -> Path:
+    def _relative_to_the_file(cls, path: Path | None, info: ValidationInfo) -> Path | None:
         folder = (info.context or {}).get("folder")
         try:
-            return (folder / manifest.expanduser()).resolve() if folder else manifest
+            return (folder / path.expanduser()).resolve() if folder and path else path
         except RuntimeError as error:  # '~' of a user that this machine does not know
-            raise ValueError(f"{manifest}: there is no such home directory") from error
+            raise ValueError(f"{path}: there is no such home directory") from error

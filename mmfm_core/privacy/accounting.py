@@ -6,28 +6,43 @@ The privacy loss distribution (Koskela et al. 2020) is tighter, holds for a sche
 """
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from scipy.optimize import brentq
-
+from mmfm_core.config import Federation
 from mmfm_core.errors import MmfmError
 
 ORDERS = (*range(2, 64), 128, 256, 512)
 """Pinned, as a budget must not change with a library's default. Whole, as the series of others may not converge."""
 
 
-def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
-    """What `steps` steps with this noise multiplier and sampling rate cost, by RDP; infinity without noise."""
+@dataclass(frozen=True)
+class Charge:
+    """Steps of one kind: the noise multiplier, each patient's chance to be in a step, and how many steps."""
+
+    noise: float
+    rate: float
+    steps: int
+
+
+def composed(charges: Iterable[Charge], delta: float) -> float:
+    """What steps of several kinds cost together, by RDP; zero for none, infinity without noise."""
     from dp_accounting.rdp import RdpAccountant
 
-    return _spent(RdpAccountant(ORDERS), noise, rate, steps, delta)
+    return _spent(RdpAccountant(ORDERS), charges, delta)
+
+
+def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
+    """What `steps` steps with this noise multiplier and sampling rate cost, by RDP; infinity without noise."""
+    return composed([Charge(noise, rate, steps)], delta)
 
 
 def tight_epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
     """The same by privacy loss distribution: for a schedule that nothing about the data can change."""
     from dp_accounting.pld import PLDAccountant
 
-    return _spent(PLDAccountant(), noise, rate, steps, delta)
+    return _spent(PLDAccountant(), [Charge(noise, rate, steps)], delta)
 
 
 def noise_for(target: float, rate: float, steps: int, delta: float) -> float:
@@ -41,6 +56,8 @@ def noise_for(target: float, rate: float, steps: int, delta: float) -> float:
         spent = epsilon(math.exp(logarithm), rate, steps, delta)
         return math.log(spent / target) if 0 < spent < math.inf else (1e9 if spent else -1e9)
 
+    from scipy.optimize import brentq
+
     low, high = math.log(1e-2), math.log(1e6)
     if over(high) > 0:
         raise MmfmError(
@@ -52,10 +69,34 @@ def noise_for(target: float, rate: float, steps: int, delta: float) -> float:
     return noise if epsilon(noise, rate, steps, delta) <= target else noise + 1e-3
 
 
-def _spent(accountant: Any, noise: float, rate: float, steps: int, delta: float) -> float:
+def schedule_of(federation: Federation) -> Charge:
+    """What all federated rounds of a private document cost each patient, with the least noise where it names none.
+
+    Raises:
+        MmfmError: no noise keeps them within the document's epsilon, or the noise that it names does not.
+    """
+    privacy = federation.privacy
+    assert privacy
+    steps = sum(stage.rounds * stage.local_steps for stage in federation.stages if stage.federated)
+    if privacy.noise is None:
+        return Charge(noise_for(privacy.epsilon, privacy.rate, steps, privacy.delta), privacy.rate, steps)
+    charge = Charge(privacy.noise, privacy.rate, steps)
+    spent = composed([charge], privacy.delta)
+    if spent > privacy.epsilon:
+        raise MmfmError(
+            f"privacy.noise: {steps} steps with {privacy.noise:g} cost ε {spent:.3f}, more than privacy.epsilon "
+            f"{privacy.epsilon:g}; leave 'noise' out, and the least that suffices is taken"
+        )
+    return charge
+
+
+def _spent(accountant: Any, charges: Iterable[Charge], delta: float) -> float:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
-    if noise <= 0:
-        return math.inf
-    accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), steps)
-    return float(accountant.get_epsilon(delta))
+    spent = False
+    for charge in charges:
+        if charge.noise <= 0:
+            return math.inf
+        accountant.compose(PoissonSampledDpEvent(charge.rate, GaussianDpEvent(charge.noise)), charge.steps)
+        spent = True
+    return float(accountant.get_epsilon(delta)) if spent else 0.0

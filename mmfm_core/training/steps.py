@@ -1,16 +1,17 @@
 """Local training steps."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mmfm_core.config.federation import Stage
-from mmfm_core.data.dataset import Dataset
+from mmfm_core.data.dataset import Batch, Dataset
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel
+from mmfm_core.privacy.step import Mechanism, noisy_gradients, patients_of
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,20 @@ PLAIN = Rule()
 
 
 def train(
-    model: MultimodalModel, dataset: Dataset, stage: Stage, trainable: Collection[str], rule: Rule = PLAIN
+    model: MultimodalModel,
+    dataset: Dataset,
+    stage: Stage,
+    trainable: Collection[str],
+    rule: Rule = PLAIN,
+    mechanism: Mechanism | None = None,
 ) -> float:
     """Train the parameters named in `trainable` for the stage's local steps, and return the mean loss.
 
     Every loss is reduced within a study before the mean over the batch, so that no patient's gradient depends on
     another's. Randomness comes from torch's global generator: seed it first (`mmfm_core.models.model.seeded`).
+
+    With a `mechanism` every step is private, also one that trains only what is local: its noise protects what later
+    steps make of it. Then the loss is the one thing that has no noise.
 
     Raises:
         MmfmError: the site has no training study with a label, or the loss is not finite.
@@ -56,7 +65,20 @@ def train(
         phases = [(first, stage.local_first), (set(trainable) - first, stage.local_steps - stage.local_first)]
     if not any(name in trainable for name, _ in model.named_parameters()):
         raise MmfmError(f"stage '{stage.name}' trains nothing that this site holds; check 'train' and 'parameters'")
-    batches = shuffled_batches(rows, stage.batch_size, stage.local_steps)
+
+    def losses(batch: Batch) -> Tensor:
+        each = model.losses(batch, tasks)
+        return torch.stack([task.weight * each[name] for name, task in tasks.items()]).sum(0)
+
+    gradients: Callable[[Mapping[str, nn.Parameter]], float | Tensor]
+    if mechanism:
+        patients = patients_of(dataset, rows)
+        gradients = partial(
+            noisy_gradients, model, losses, dataset, patients, mechanism=mechanism, at_once=stage.batch_size
+        )
+    else:
+        batches = shuffled_batches(rows, stage.batch_size, stage.local_steps)
+        gradients = partial(_plain_gradients, losses, dataset, batches)
     total = torch.zeros(())
     for names, steps in phases:
         for name, parameter in model.named_parameters():
@@ -66,17 +88,27 @@ def train(
             continue
         model.train()  # after the flags: a frozen trunk has no dropout
         optimizer = optimizer_of(stage, list(trained.values()))
-        for batch_rows in islice(batches, steps):
-            losses = model.losses(dataset.batch(batch_rows), tasks)
-            loss = torch.stack([task.weight * losses[name].mean() for name, task in tasks.items()]).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        for _ in range(steps):
+            total += gradients(trained)
             _apply(rule, trained)
             optimizer.step()
-            total += loss.detach()
     if not torch.isfinite(total):
         raise MmfmError(f"the training loss of stage '{stage.name}' is not finite; lower its optimizer.lr")
     return float(total) / stage.local_steps
+
+
+def _plain_gradients(
+    losses: Callable[[Batch], Tensor],
+    dataset: Dataset,
+    batches: Iterator[list[int]],
+    parameters: Mapping[str, nn.Parameter],
+) -> Tensor:
+    """Set `.grad` to that of the mean loss over the next batch, and return that loss."""
+    for parameter in parameters.values():
+        parameter.grad = None
+    loss = losses(dataset.batch(next(batches))).mean()
+    loss.backward()
+    return loss.detach()
 
 
 def _apply(rule: Rule, trained: Mapping[str, nn.Parameter]) -> None:

@@ -13,6 +13,7 @@ from mmfm_core.config import Federation
 from mmfm_core.config.loading import dump, sha256
 from mmfm_core.config.rounds import rounds_of
 from mmfm_core.errors import MmfmError
+from mmfm_core.privacy.statement import statement
 from mmfm_core.storage import write_text
 from server.record import Run, read_lines
 from server.report import history, wording
@@ -88,6 +89,8 @@ def render(run: Run) -> str:
         blocks=facts.get("blocks") or [],
         holders_of=partial(history.holders_of, federation=federation, sites=sites),
         shared_bytes=history.shared_bytes(facts.get("blocks") or [], federation, sites),
+        statement=statement(federation) if federation.privacy else [],
+        paid=history.paid_by(lines),
         events=ranked[:NEWEST_EVENTS],
         untold=len(ranked[NEWEST_EVENTS:]),
         document=dump(federation),

@@ -139,3 +139,8 @@ def shared_bytes(
         for site in holders_of(block["block"], federation, sites) if block["fate"] == "shared" else ():
             held[site] += block["bytes"]
     return held
+
+
+def paid_by(lines: Iterable[Line]) -> dict[str, float]:
+    """Site -> the epsilon that the run's rounds have cost each of its patients, as its ledger told last."""
+    return {line["site"]: float(line["value"]) for line in lines if line["metric"] == "epsilon"}
