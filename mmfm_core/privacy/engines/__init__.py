@@ -4,13 +4,17 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from mmfm_core.privacy.engines import bookkeeping, loop
+from mmfm_core.privacy.engines import bookkeeping, hooks, loop
 from mmfm_core.privacy.engines.base import Clipped, Engine
 from mmfm_core.privacy.engines.support import unsupported
 
 __all__ = ["ENGINES", "Clipped", "Engine", "choose", "unsupported"]
 
-ENGINES: dict[str, Engine] = {"loop": loop.clipped_sum, "bookkeeping": bookkeeping.clipped_sum}
+ENGINES: dict[str, Engine] = {
+    "loop": loop.clipped_sum,
+    "bookkeeping": bookkeeping.clipped_sum,
+    "hooks": hooks.clipped_sum,
+}
 
 
 def choose(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str:
