@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from test_combinations import EXAMPLES, document, random_batch, subsets
+from test_combinations import LENGTH, document, random_batch, subsets
 from torch import Tensor, nn
 
 from mmfm_core.config.model import Model
@@ -34,11 +33,23 @@ def joined(batches: Sequence[Batch]) -> Batch:
     )
 
 
+OTHERS: dict[str, Callable[[], Tensor]] = {
+    "comment": lambda: torch.randint(3, 259, (len(PATIENTS), LENGTH)),
+    "ct": lambda: torch.randn(len(PATIENTS), 1, 8, 8, 8),
+    "labs": lambda: torch.stack([torch.randn(len(PATIENTS)), torch.randint(2, (len(PATIENTS),)).float()], 1),
+}
+"""Modalities that `random_batch` does not know."""
+
+
 def studies(task: str, config: Model) -> Batch:
     """Nine studies: three with everything, three each with fewer modalities; the last of each three has no target."""
-    everything = tuple(config.modalities)
-    have = subsets(config)
-    return joined([random_batch(task, config, everything, each) for each in (have[-1], have[0], have[len(have) // 2])])
+    known = config.model_copy(update={"modalities": {n: m for n, m in config.modalities.items() if n not in OTHERS}})
+    have = subsets(known)
+    batch = joined([random_batch(task, known, tuple(known.modalities), have[i]) for i in (-1, 0, len(have) // 2)])
+    for name in config.modalities.keys() & OTHERS:
+        batch.inputs[name] = OTHERS[name]()
+        batch.present[name] = torch.arange(len(batch)) % 3 > 0
+    return batch
 
 
 def still(model: MultimodalModel) -> MultimodalModel:
@@ -99,11 +110,20 @@ def losses_of(model: MultimodalModel) -> Callable[[Batch], Tensor]:
     return lambda batch: model.losses(batch, ["task"])["task"]
 
 
-def check(task: str, described: Mapping[str, Any]) -> None:
+def check(
+    task: str,
+    described: Mapping[str, Any],
+    frozen: Callable[[str], bool] = lambda name: False,
+    engines: Sequence[str] = FAST,
+) -> None:
     config = Model.model_validate(described)
     torch.manual_seed(0)
-    model = still(full_model(config, seed=0))
-    assert_equal(model, losses_of(model), studies(task, config))
+    model = full_model(config, seed=0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen(name))
+        if ".lora_B" in name:  # adapters start as nothing, and hide the gradients of their first half
+            nn.init.normal_(parameter, std=0.1)
+    assert_equal(still(model), losses_of(model), studies(task, config), engines)
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "bottleneck"])
@@ -119,3 +139,76 @@ def test_each_task_that_separates_studies(task, fusion):
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_each_fusion(fusion):
     check("classification", document("classification", fusion))
+
+
+def with_shared_trunks() -> dict[str, Any]:
+    """One trunk for two images, and one for two texts."""
+    described = document("findings", "joint")
+    described["modalities"] |= {"comment": described["modalities"]["note"]}
+    described["encoders"] |= {
+        "side": {"type": "shared", "share_with": "front"},
+        "comment": {"type": "shared", "share_with": "note"},
+    }
+    return described
+
+
+def with_volume_and_table() -> dict[str, Any]:
+    described = document("classification", "gated")
+    described["modalities"] |= {
+        "ct": {"kind": "volume3d", "size": [8, 8, 8], "optional": True},
+        "labs": {"kind": "tabular", "features": {"age": {}, "sex": {"categories": ["f", "m"]}}, "optional": True},
+    }
+    described["encoders"] |= {"ct": {"type": "vit3d", "patch_size": 4, "depth": 1}, "labs": {"type": "feature_tokens"}}
+    return described
+
+
+def with_trunk(architecture: str) -> dict[str, Any]:
+    described = document("classification", "gated")
+    described["encoders"]["front"] = {"type": "timm", "architecture": architecture, "grid": 2}
+    return described
+
+
+def with_adapters() -> dict[str, Any]:
+    targets = ["encoders.front.vit.blocks.*", "encoders.front.vit.patch_embed.proj", "encoders.note.*.query"]
+    return document("findings", "joint") | {
+        "adapters": {
+            "shared": {"rank": 2, "targets": [*targets, "fusion.*"]},
+            "local": {"rank": 3, "targets": targets[:1]},
+        }
+    }
+
+
+@pytest.mark.parametrize("described", [with_shared_trunks, with_volume_and_table], ids=lambda each: each.__name__)
+def test_trunks_used_twice_volumes_and_tables(described):
+    check("findings" if described is with_shared_trunks else "classification", described())
+
+
+def test_adapters_in_frozen_trunks():
+    check("findings", with_adapters(), lambda name: name.startswith("encoders.") and ".lora_" not in name)
+
+
+def test_adapters_beside_what_is_trained_itself():
+    check("findings", with_adapters())
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_a_head_on_frozen_trunks(task):
+    check(task, document(task, "bottleneck"), lambda name: name.startswith("encoders."))
+
+
+def test_biases_alone():
+    check("classification", document("classification", "joint"), lambda name: not name.endswith(".bias"))
+
+
+TRUNKS: dict[str, Callable[[str], bool]] = {
+    "test_vit": lambda name: name.endswith((".cls_token", ".pos_embed")),  # bare parameters beside layers
+    "test_efficientnet_gn": lambda name: False,
+    "test_resnet": lambda name: ".trunk." in name,  # BatchNorm
+}
+
+
+@pytest.mark.parametrize("architecture", TRUNKS)
+def test_trunks_of_timm(architecture):
+    # Torch forbids Opacus' hooks on layers whose output the next one writes over.
+    engines = ["bookkeeping"] if architecture == "test_efficientnet_gn" else FAST
+    check("classification", with_trunk(architecture), TRUNKS[architecture], engines)

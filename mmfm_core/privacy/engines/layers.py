@@ -84,7 +84,7 @@ class _Linear(Layer):
 
 
 class _Product:
-    """The gradients g^T x of n patients, [n, p, d], from x [n, T, d] and g [n, T, p]; made only where they are small."""
+    """The gradients g^T x of n patients, [n, p, d], of x [n, T, d] and g [n, T, p]; made where they are the smaller."""
 
     def __init__(self, x: Tensor, gradient: Tensor) -> None:
         self.matrix: Tensor | None = None

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+UNKNOWN = (nn.RNNBase, nn.RNNCellBase, nn.EmbeddingBag)
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -48,16 +50,16 @@ def unsupported(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str
 
 def _problem(module: nn.Module) -> str | None:
     kind = type(module).__name__
-    if isinstance(module, _BatchNorm):
-        return f"is {kind}, which mixes the patients of a batch"
-    if next(module.children(), None) is not None:
-        return f"({kind}) holds a bare parameter beside other layers"
-    if next(module.buffers(), None) is not None:
-        return f"({kind}) has buffers, which may carry something from one patient to another"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.EmbeddingBag):
-        return f"is {kind}, for whose gradients per patient there is no function"
-    if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
-        return f"({kind}) counts or rescales its rows over a batch, or has sparse gradients"
-    if module._forward_pre_hooks:
-        return f"({kind}) has its weights computed before each call"
-    return None
+    below = [each for child in module.children() for each in (*child.parameters(), *child.buffers())]
+    problems = {
+        f"is {kind}, which mixes the patients of a batch": isinstance(module, _BatchNorm),
+        f"({kind}) holds a bare parameter beside other layers": bool(below),
+        f"({kind}) has buffers, which may carry something from one patient to another": any(
+            True for _ in module.buffers()
+        ),
+        f"is {kind}, for whose gradients per patient there is no function": isinstance(module, UNKNOWN),
+        f"({kind}) rescales its rows over a batch, or has sparse gradients": isinstance(module, nn.Embedding)
+        and bool(module.max_norm or module.scale_grad_by_freq or module.sparse),
+        f"({kind}) has its weights computed before each call": bool(module._forward_pre_hooks),
+    }
+    return next((problem for problem, found in problems.items() if found), None)
