@@ -40,7 +40,7 @@ def booked(
     No weight's gradient is computed. What is booked lives as long as the answer: nothing of a pass is left to the next.
 
     Raises:
-        MmfmError: a layer's input or output has another first dimension than the batch, or a parameter is used outside
+        MmfmError: a layer's input or output has another first dimension than the batch, or a parameter is reached past
             its layer.
     """
     calls: dict[str, list[Call]] = defaultdict(list)
@@ -103,7 +103,7 @@ def _check_all_seen(losses: Tensor, calls: Collection[Call], parameters: Mapping
             waiting.append(around[node])
             continue
         if (leaf := getattr(node, "variable", None)) is not None and id(leaf) in names:
-            raise refused(f"'{names[id(leaf)]}' is used outside the layer that owns it")
+            raise refused(f"'{names[id(leaf)]}' is reached past the layer that owns it")
         waiting.extend(following for following, _ in node.next_functions)
 
 
