@@ -287,13 +287,13 @@ def test_kill_9_at_any_line_never_undercounts_and_never_answers_twice(tmp_path: 
         lambda m: [m[part].pop(name) for part in ("modalities", "encoders") for name in ("scan", "note")]
     )
     stage = {"name": "train", "rounds": 60, "local_steps": 1, "batch_size": 32, "tasks": {"disease": {}}}
-    federation = private_federation(model=model, stages=[stage], parameters={"local": ["heads.*"]})
+    federation = private_federation({"noise": 12.0}, model=model, stages=[stage], parameters={"local": ["heads.*"]})
     document, schedule = sha256(federation), schedule_of(federation)
-    agent = agents(tmp_path, federation, sites)["north"]
+    agent = agents(tmp_path / "run", federation, sites)["north"]
     first, out = first_request(federation), tmp_path / "answer"
     # A server that has imported everything and computed nothing: torch's threads do not survive a fork.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["client.agent", "mmfm_core.models.encoders.feature_tokens"])
+    context.set_forkserver_preload(["client.agent", "dp_accounting.rdp", "mmfm_core.models.encoders.feature_tokens"])
 
     def in_a_child(line: int, number: int) -> str | None:
         out.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ The privacy loss distribution (Koskela et al. 2020) is tighter, holds for a sche
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -93,10 +94,11 @@ def schedule_of(federation: Federation) -> Charge:
 def _spent(accountant: Any, charges: Iterable[Charge], delta: float) -> float:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
-    spent = False
+    steps: Counter[tuple[float, float]] = Counter()  # of a kind together: the order does not matter, and it is faster
     for charge in charges:
-        if charge.noise <= 0:
+        steps[charge.noise, charge.rate] += charge.steps
+    for (noise, rate), count in steps.items():
+        if noise <= 0:
             return math.inf
-        accountant.compose(PoissonSampledDpEvent(charge.rate, GaussianDpEvent(charge.noise)), charge.steps)
-        spent = True
-    return float(accountant.get_epsilon(delta)) if spent else 0.0
+        accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), count)
+    return float(accountant.get_epsilon(delta)) if steps else 0.0
