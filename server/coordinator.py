@@ -64,6 +64,8 @@ class Coordinator:
             self.run.tell(sentence, level="warning", site=site)
         strategy = Strategy(self.federation, shared, self.run.memory())
         for this in rounds[done:]:
+            if not this.returns_tensors:
+                strategy.conclude()
             self._round(strategy, this)
             self.run.save_checkpoint(this.number, strategy.shared, strategy.memory)
         self.run.update(status="completed", finished=time.time())

@@ -28,7 +28,7 @@ from mmfm_core.privacy.statement import statement
 from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
 from server.display import duration
-from server.privacy import Wish, choices, steps_of, table, warnings
+from server.privacy import Wish, beyond_budgets, choices, steps_of, table, warnings
 from server.simulation import load_documents
 from server.sites import check_sites, how_counts_are_told, one_class_sites
 from server.strategy import Strategy
@@ -78,10 +78,13 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console, wish: W
         console.print(table(found, wish, steps_of(federation)))
         for sentence in warnings(found, sites, wish):
             console.print(sentence, markup=False, highlight=False)
-    for term, sentence in statement(federation) if privacy else ():
-        console.print(f"[bold]{term}.[/] {escape(sentence)}", highlight=False)
     if not privacy:
         console.print(NOT_PRIVATE, markup=False, highlight=False)
+        return
+    for sentence in beyond_budgets(federation, files):
+        console.print(sentence, markup=False, highlight=False)
+    for term, sentence in statement(federation):
+        console.print(f"[bold]{term}.[/] {escape(sentence)}", highlight=False)
 
 
 @dataclass(frozen=True)

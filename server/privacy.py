@@ -1,15 +1,15 @@
 """What patient-level privacy would ask of a federation: noise or epsilon by sampling rate, and each site's share."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from mmfm_core.config import Federation
+from mmfm_core.config import Federation, Site
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.parameters import fates_of, matches
-from mmfm_core.privacy.accounting import epsilon, noise_for, tight_epsilon
+from mmfm_core.privacy.accounting import composed, epsilon, noise_for, schedule_of, tight_epsilon
 from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
 
@@ -100,8 +100,20 @@ def warnings(found: Sequence[Choice], sites: Sequence[SiteDescription], wish: Wi
                 f"({ratio:.1f} times at best); freeze more, or train adapters only"
             )
     for each in sites:
-        if 0 < each.patients["train"] >= 1 / wish.delta:
+        if each.patients["train"] >= 1 / wish.delta:
             yield f"{each.site}: δ must be below one over its {each.patients['train']} training patients; lower --delta"
+
+
+def beyond_budgets(federation: Federation, files: Mapping[str, Site]) -> Iterator[str]:
+    """Sites whose own budget is less than what the document would cost, even if nothing of it is spent yet."""
+    schedule = schedule_of(federation)
+    for name, site in files.items():
+        cost = composed([schedule], site.budget.delta)
+        if cost > site.budget.epsilon:
+            yield (
+                f"{name}: all rounds would cost its patients ε {cost:.3f} at δ {site.budget.delta:g}, and its budget "
+                f"is ε {site.budget.epsilon:g}: it will refuse the last ones; lower privacy.epsilon or privacy.delta"
+            )
 
 
 def _trained(federation: Federation, state: Tensors) -> list[str]:

@@ -19,13 +19,16 @@ from mmfm_core.storage import Tensors
 from server.aggregation import BlockwiseMean
 from server.optimizer import ServerOptimizer
 
+MEAN = "mean/"
+"""Before a shared parameter's name in what the strategy remembers; alone, for the mean of ones."""
+
 
 class Strategy:
     """Block-wise aggregation of the shared tensors `shared`, which it owns and advances.
 
     Attributes:
-        memory: what it knows beside the shared state, and a resumed run goes on with: the moments of an optimiser, and
-            SCAFFOLD's control variates (`CONTROL` + name).
+        memory: what it knows beside the shared state, and a resumed run goes on with: the moments of an optimiser,
+            SCAFFOLD's control variates (`CONTROL` + name), and the running mean of the shared state (`MEAN` + name).
     """
 
     def __init__(self, federation: Federation, shared: Tensors, memory: Tensors | None = None) -> None:
@@ -80,6 +83,7 @@ class Strategy:
 
     def advance(self, sites: Iterable[SiteDescription]) -> None:
         """End the round: the shared state moves to, or towards, the folded mean. `sites` are all that are known."""
+        trained = bool(self._mean.names())
         self._mean.apply_to(self.shared, self._optimizer.step)
         controls = {name.removeprefix(CONTROL): t for name, t in self.memory.items() if name.startswith(CONTROL)}
         studies = {site.site: site.studies["train"] for site in sites}
@@ -89,7 +93,22 @@ class Strategy:
             controls.setdefault(name, np.zeros_like(self.shared[name]))
         self._controls.apply_to(controls, lambda name, before, mean: before + share * mean)
         self.memory |= {CONTROL + name: tensor for name, tensor in controls.items()}
+        if trained and self.federation.aggregation.ema:
+            self._remember(self.federation.aggregation.ema)
         self._begin()
+
+    def _remember(self, decay: float) -> None:
+        for name, tensor in {"": np.ones(()), **self.shared}.items():
+            before = self.memory.get(MEAN + name, np.zeros(tensor.shape))
+            self.memory[MEAN + name] = decay * before + (1 - decay) * tensor
+
+    def conclude(self) -> None:
+        """End all training: the shared state becomes its running mean, where the document asks for one.
+
+        The mean began at zero, for which it is corrected as Adam's is (Kingma & Ba 2015, section 3).
+        """
+        for name, tensor in self.shared.items() if MEAN in self.memory else ():
+            self.shared[name] = (self.memory[MEAN + name] / self.memory[MEAN]).astype(tensor.dtype)
 
     def void(self) -> None:
         """End the round without a result: the shared state stays."""

@@ -3,25 +3,27 @@
 import math
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from command_line import hospitals, mmfm
+from command_line import hospitals, mmfm, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants.analysis import rdp as opacus
 from rich.console import Console
 from scipy.optimize import brentq
 from scipy.stats import norm
-from tiny import tiny_federation, write_sites
+from tiny import private_federation, tiny_federation, write_sites
 
 from mmfm_core.config.site import Release
 from mmfm_core.errors import MmfmError
-from mmfm_core.privacy.accounting import ORDERS, epsilon, noise_for, tight_epsilon
+from mmfm_core.privacy.accounting import ORDERS, epsilon, noise_for, schedule_of, tight_epsilon
 from mmfm_core.protocol import SiteDescription
 from server.coordinator import initial_state
 from server.plan import show_plan
 from server.privacy import RATES, Wish, choices, warnings
+from server.record import read_lines
 from server.survey import ask
 
 
@@ -148,11 +150,40 @@ def test_both_questions_have_answers_that_agree(tmp_path: Path) -> None:
         assert back.epsilon <= 3
 
 
-def test_the_plan_prints_it_and_says_that_nothing_is_protected_yet(tmp_path: Path) -> None:
+def test_the_plan_of_a_document_without_privacy_says_so_and_what_it_would_take(tmp_path: Path) -> None:
     documents, said = hospitals(tmp_path), StringIO()
     show_plan(documents.federation, documents.sites, Console(file=said, width=160), Wish(8.0, None, 1e-5))
     assert "8 steps for ε 8, δ 1e-05" in said.getvalue()
-    assert "nothing is protected yet" in said.getvalue()
+    assert "This document has no 'privacy'" in said.getvalue()
     refused = mmfm(tmp_path, "plan", documents.federation, "--epsilon", "8", "--noise", "1")
     assert refused.returncode == 1
     assert "--epsilon and --noise: give one of them" in refused.stderr
+
+
+def private(federation: dict[str, Any], sites: dict[str, Any]) -> None:
+    federation.update(plain(private_federation()))
+    sites["sites"]["south"]["budget"] = {"epsilon": 2}
+    del sites["sites"]["healthy"]
+
+
+@pytest.mark.slow
+def test_a_private_run_is_planned_and_reported_with_what_a_data_protection_officer_asks(tmp_path: Path) -> None:
+    """One site's budget is too small: the plan warns, the site refuses its second round, and the report says both."""
+    documents = hospitals(tmp_path).amend(tmp_path, private)
+    planned = mmfm(tmp_path, "plan", documents.federation)
+    said = " ".join(planned.stdout.split())
+    schedule = schedule_of(private_federation())
+    cost = epsilon(schedule.noise, 0.5, 8, 1e-5)
+    assert f"At most ε {cost:.3f} at δ 1e-05 for each patient at each site" in said
+    assert f"south: all rounds would cost its patients ε {cost:.3f} at δ 1e-05, and its budget is ε 2" in said
+    assert "north: all rounds" not in said
+    ran = mmfm(tmp_path, "simulate", documents.federation, "--run", tmp_path / "run", "--no-baselines")
+    assert ran.returncode == 1
+    assert "fewer than 2 sites" in ran.stderr
+    page = tmp_path / "run" / "report.html"
+    mmfm(tmp_path, "report", tmp_path / "run")
+    text = page.read_text()
+    assert "the budget of this site is ε 2; nothing was computed" in text
+    assert f"{schedule.noise:g} times that length" in text
+    assert "training loss" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert not [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["metric"] in ("auroc", "loss")]

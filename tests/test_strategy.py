@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from tiny import tiny_federation
 
@@ -13,7 +14,7 @@ from server.coordinator import initial_state
 from server.strategy import Strategy
 
 FEDERATION = tiny_federation()
-FIRST = rounds_of(FEDERATION)[0]
+FIRST, *_, LAST = rounds_of(FEDERATION)
 
 
 def site(name: str, *modalities: str) -> SiteDescription:
@@ -131,3 +132,21 @@ def test_a_site_without_a_training_label_is_not_asked_to_train():
     unlabelled = replace(NORTH, targets={}, tasks={})
     assert not fresh().takes_part(unlabelled, FIRST)
     assert fresh().takes_part(NORTH, FIRST)
+
+
+def test_the_running_mean_of_rounds_is_pandas_and_stands_at_the_end():
+    aggregation = FEDERATION.aggregation.model_copy(update={"ema": 0.8})
+    strategy = Strategy(FEDERATION.model_copy(update={"aggregation": aggregation}), initial_state(FEDERATION))
+    values = [1.0, 4.0, 2.0, 8.0]
+    for value in values:
+        strategy.fold(reply_of(strategy, NORTH, value), NORTH, FIRST)
+        strategy.advance([NORTH, SOUTH])
+        assert np.allclose(strategy.shared["fusion.gate.weight"], value), "rounds go on from the last state"
+    reference = pd.Series(values).ewm(alpha=0.2, adjust=True).mean().iloc[-1]
+    for _ in range(2):  # each site's adaptation, and the last look
+        strategy.conclude()
+        strategy.fold(RoundReply("north", LAST.number, {}, [], None, 1.0), NORTH, LAST)
+        strategy.advance([NORTH, SOUTH])
+    for name, tensor in strategy.shared.items():
+        assert tensor.dtype == np.float32
+        assert np.allclose(tensor, reference), name

@@ -130,12 +130,15 @@ class Aggregation(Strict):
         weight: 'studies_with_modality' averages each block over the sites that hold it, by the studies behind it.
             'studies' averages whole models, by all studies: a site without a block counts as if it had left it as it
             was, which holds rare modalities back. It is there to compare with.
+        ema: the decay of a running mean over the rounds' shared states, which then is the one that is measured, adapted
+            and kept at the end; 0 keeps the last round's. It evens noise out and costs no privacy (De et al. 2022).
     """
 
     strategy: Annotated[
         Annotated[FedAvg | FedAdam | FedYogi | Scaffold, Field(discriminator="type")], BeforeValidator(_with_defaults)
     ] = FedAvg()
     weight: Literal["studies_with_modality", "studies"] = "studies_with_modality"
+    ema: float = Field(default=0.0, ge=0, lt=1)
     min_sites: PositiveInt = 2
     quorum_wait: PositiveFloat = 600.0
     deadline: PositiveFloat = 1800.0
