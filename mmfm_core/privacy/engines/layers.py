@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -76,13 +76,13 @@ class _Linear(Layer):
         squares = [torch.cat([weight.squares() for weight in self.weights])] if self.weights else []
         if self.bias is not None:
             squares.append(self.bias.square().sum(1))
-        return torch.stack(squares).sum(0)
+        return reduce(torch.add, squares)
 
     def weighted(self, scale: Tensor) -> Mapping[str, Tensor]:
         total = {}
         if self.weights:
             scales = scale.split([patients for patients, _ in self.rows.groups])
-            weight = torch.stack([w.weighted(s) for w, s in zip(self.weights, scales, strict=True)]).sum(0)
+            weight = reduce(torch.add, [w.weighted(s) for w, s in zip(self.weights, scales, strict=True)])
             total["weight"] = (weight.T if self.transposed else weight).reshape(self.shape)
         if self.bias is not None:
             total["bias"] = contracted(scale, self.bias)
@@ -162,7 +162,7 @@ class _Sampled(Layer):
 
     def squares(self) -> Tensor:
         each = self.kept if self.keep else self._each()
-        return torch.stack([gradient.flatten(1).square().sum(1) for gradient in each.values()]).sum(0)
+        return reduce(torch.add, [gradient.flatten(1).square().sum(1) for gradient in each.values()])
 
     def weighted(self, scale: Tensor) -> Mapping[str, Tensor]:
         if self.keep:
