@@ -135,7 +135,7 @@ class Mixing(nn.Module):
 
 
 REFUSED: dict[Callable[[], nn.Module], str] = {
-    Attending: "'attention' is torch's MultiheadAttention",
+    Attending: "'attention' is of torch's MultiheadAttention",
     Tied: "'first.weight' is tied",
     Bare: r"'' \(Bare\) holds a bare parameter",
     Mixing: "'norm' is BatchNorm1d",
@@ -155,10 +155,12 @@ def test_what_hooks_would_miss_is_refused_by_name_and_left_to_the_loop(build, ba
     torch.testing.assert_close(flat(found.total), by_hand(model, batch, STUDIES_OF), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_frozen_is_not_asked(batch):
-    model = Attending().requires_grad_(False)
-    model.first.requires_grad_(True)
-    assert unsupported(model, {f"first.{name}": each for name, each in model.first.named_parameters()}) is None
+def test_attention_counts_where_any_of_it_is_trained_and_not_where_it_is_frozen():
+    model = Attending()
+    parameters = dict(model.named_parameters())
+    assert unsupported(model, {name: each for name, each in parameters.items() if name.startswith("first")}) is None
+    inner = unsupported(model, {"attention.out_proj.weight": parameters["attention.out_proj.weight"]})
+    assert "'attention.out_proj' is of torch's MultiheadAttention" in str(inner)
 
 
 class Borrowing(nn.Module):

@@ -13,7 +13,7 @@ from mmfm_core.privacy.engines.base import Clipped, Losses, scales, zeros
 from mmfm_core.privacy.engines.booking import booked, refused
 from mmfm_core.privacy.engines.layers import layer_of
 from mmfm_core.privacy.engines.rows import rows_of
-from mmfm_core.privacy.engines.support import layers_of, unsupported
+from mmfm_core.privacy.engines.support import layers_of, missed
 
 
 def clipped_sum(
@@ -29,12 +29,12 @@ def clipped_sum(
     Raises:
         MmfmError: see `unsupported` and `booked`; use `loop`.
     """
-    if reason := unsupported(model, parameters):
+    layers = layers_of(model, parameters)
+    if reason := missed(layers, parameters):
         raise refused(reason)
-    total = zeros(parameters)
     if not len(batch):
-        return Clipped(total, 0.0, 0)
-    rows, layers = rows_of(patients), layers_of(model, parameters)
+        return Clipped(zeros(parameters), 0.0, 0)
+    rows = rows_of(patients)
     weight = 1 / rows.studies
     each, uses = booked(
         {name: layer.module for name, layer in layers.items()},
@@ -45,12 +45,14 @@ def clipped_sum(
     parts = {name: layer_of(layers[name].module, layers[name].trained, uses.pop(name), rows) for name in list(uses)}
     of_patients = rows.summed(each * weight)
     squares = of_patients.new_zeros(rows.patients)
+    total = {}
     with torch.no_grad():
         for part in parts.values():
             squares += part.squares()
         scale = scales(squares.clamp(min=0).sqrt(), of_patients, max_norm)
         for name in list(parts):
             for own, gradient in parts.pop(name).weighted(scale).items():
-                total[layers[name].trained[own]] += gradient
+                total[layers[name].trained[own]] = gradient
     kept = scale > 0
-    return Clipped(total, float(of_patients[kept].sum()), int((~kept).sum()))
+    total |= zeros({name: each for name, each in parameters.items() if name not in total})
+    return Clipped({name: total[name] for name in parameters}, float(of_patients[kept].sum()), int((~kept).sum()))

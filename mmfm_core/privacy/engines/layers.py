@@ -4,10 +4,11 @@ A layer that was used several times in one pass adds the sum over its uses, befo
 Shapes: R rows (studies), P patients, T tokens of a patient's studies and of all uses together, d features in, p out.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -48,8 +49,11 @@ def layer_of(module: nn.Module, trained: Collection[str], uses: Sequence[Use], r
 
     if type(module) is nn.Embedding:
         return _Embedding(module, uses, rows)
+    shape = module.weight.shape
     if type(module) in (nn.Linear, Conv1D):
-        return _Linear(trained, uses, rows, transposed=type(module) is Conv1D)
+        return _Linear(trained, uses, rows, shape, transposed=type(module) is Conv1D)
+    if _cuts_patches(module, uses):
+        return _Linear(trained, [_of_patches(use, module.kernel_size) for use in uses], rows, shape)
     return _Sampled(module, trained, uses, rows)
 
 
@@ -60,9 +64,11 @@ class _Linear(Layer):
     than the tokens too, and is kept in their place for the weighted sum.
     """
 
-    def __init__(self, trained: Collection[str], uses: Sequence[Use], rows: Rows, transposed: bool) -> None:
+    def __init__(
+        self, trained: Collection[str], uses: Sequence[Use], rows: Rows, shape: torch.Size, transposed: bool = False
+    ) -> None:
         x, gradient = (_tokens(each, rows) for each in zip(*((use.x, use.gradient) for use in uses), strict=True))
-        self.rows, self.transposed = rows, transposed
+        self.rows, self.shape, self.transposed = rows, shape, transposed
         self.weights = [_Product(*group) for group in zip(x, gradient, strict=True)] if "weight" in trained else []
         self.bias = torch.cat([group.sum(1) for group in gradient]) if "bias" in trained else None
 
@@ -70,14 +76,14 @@ class _Linear(Layer):
         squares = [torch.cat([weight.squares() for weight in self.weights])] if self.weights else []
         if self.bias is not None:
             squares.append(self.bias.square().sum(1))
-        return torch.stack(squares).sum(0)
+        return reduce(torch.add, squares)
 
     def weighted(self, scale: Tensor) -> Mapping[str, Tensor]:
         total = {}
         if self.weights:
             scales = scale.split([patients for patients, _ in self.rows.groups])
-            weight = torch.stack([w.weighted(s) for w, s in zip(self.weights, scales, strict=True)]).sum(0)
-            total["weight"] = weight.T if self.transposed else weight
+            weight = reduce(torch.add, [w.weighted(s) for w, s in zip(self.weights, scales, strict=True)])
+            total["weight"] = (weight.T if self.transposed else weight).reshape(self.shape)
         if self.bias is not None:
             total["bias"] = contracted(scale, self.bias)
         return total
@@ -97,9 +103,10 @@ class _Product:
     def squares(self) -> Tensor:
         if self.matrix is None:
             x, gradient = self.x, self.gradient
-            squares = ((x @ x.transpose(1, 2)) * (gradient @ gradient.transpose(1, 2))).sum((1, 2))
-            bound = x.square().sum((1, 2)) * gradient.square().sum((1, 2))
-            if not (squares < CANCELLED * bound).any():
+            inputs, outputs = x @ x.transpose(1, 2), gradient @ gradient.transpose(1, 2)
+            squares = torch.linalg.vecdot(inputs.flatten(1), outputs.flatten(1))
+            traces = (gram.diagonal(dim1=1, dim2=2).sum(1) for gram in (inputs, outputs))
+            if not (squares < CANCELLED * math.prod(traces)).any():
                 return squares
             self.matrix = gradient.transpose(1, 2) @ x
         return self.matrix.square().sum((1, 2))
@@ -107,7 +114,9 @@ class _Product:
     def weighted(self, scale: Tensor) -> Tensor:
         if self.matrix is not None:
             return contracted(scale, self.matrix)
-        gradient, x = scaled(scale, self.gradient), scaled(scale > 0, self.x)
+        some, (x, gradient) = scale > 0, (self.x, self.gradient)
+        narrow = x.shape[2] < gradient.shape[2]
+        x, gradient = (scaled(scale if of else some, each) for each, of in ((x, narrow), (gradient, not narrow)))
         return gradient.flatten(0, 1).T @ x.flatten(0, 1)
 
 
@@ -153,7 +162,7 @@ class _Sampled(Layer):
 
     def squares(self) -> Tensor:
         each = self.kept if self.keep else self._each()
-        return torch.stack([gradient.flatten(1).square().sum(1) for gradient in each.values()]).sum(0)
+        return reduce(torch.add, [gradient.flatten(1).square().sum(1) for gradient in each.values()])
 
     def weighted(self, scale: Tensor) -> Mapping[str, Tensor]:
         if self.keep:
@@ -211,5 +220,28 @@ def contracted(scale: Tensor, x: Tensor) -> Tensor:
 
 def _tokens(each: Sequence[Tensor], rows: Rows) -> list[Tensor]:
     """[R, ..., d] of each use -> [patients, T, d] of each group."""
-    together = torch.cat([x.reshape(len(x), -1, x.shape[-1]) for x in each], 1)
+    flat = [x.reshape(len(x), -1, x.shape[-1]) for x in each]
+    together = torch.cat(flat, 1) if len(flat) > 1 else flat[0]
     return [group.flatten(1, 2) for group in rows.folded(together)]
+
+
+def _cuts_patches(module: nn.Module, uses: Sequence[Use]) -> bool:
+    """Whether a layer is a convolution whose kernels tile its input: a linear layer on patches."""
+    return (
+        type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        and module.kernel_size == module.stride
+        and module.groups == 1
+        and not any(module.padding)
+        and set(module.dilation) == {1}
+        and all(side % k == 0 for use in uses for side, k in zip(use.x.shape[2:], module.kernel_size, strict=True))
+    )
+
+
+def _of_patches(use: Use, kernel: Sequence[int]) -> Use:
+    """[R, C, *size] -> [R, patches, C * kernel], and the gradient [R, p, *patches] -> [R, patches, p]."""
+    x = use.x
+    for axis, side in enumerate(kernel):
+        x = x.unflatten(2 + 2 * axis, (-1, side))
+    places, inside = range(2, x.ndim, 2), range(3, x.ndim, 2)
+    x = x.permute(0, *places, 1, *inside)
+    return Use(x.reshape(len(x), math.prod(x.shape[1 : 1 + len(kernel)]), -1), use.gradient.flatten(2).transpose(1, 2))

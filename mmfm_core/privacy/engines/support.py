@@ -1,11 +1,14 @@
 """Which models let hooks see the gradients of their patients, and which not, by name."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+ATTENTION = (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
 UNKNOWN = (nn.RNNBase, nn.RNNCellBase, nn.EmbeddingBag)
 
 
@@ -31,19 +34,19 @@ def layers_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[
 
 def unsupported(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str | None:
     """Why hooks would miss or mix gradients of `parameters`, naming the layer; None where they do not."""
-    owners = layers_of(model, parameters)
-    for name, module in model.named_modules():
-        inside = f"{name}." if name else ""
-        if isinstance(module, nn.MultiheadAttention) and any(own.startswith(inside) or own == name for own in owners):
-            return f"'{name}' is torch's MultiheadAttention, which reads its weights past their layers"
-    owned = [name for owner in owners.values() for name in owner.trained.values()]
+    return missed(layers_of(model, parameters), parameters)
+
+
+def missed(layers: Mapping[str, Owner], parameters: Mapping[str, nn.Parameter]) -> str | None:
+    """The same, of the layers that own the parameters."""
+    owners = Counter(name for layer in layers.values() for name in layer.trained.values())
     for parameter in parameters:
-        if owned.count(parameter) > 1:
+        if owners[parameter] > 1:
             return f"'{parameter}' is tied: more than one layer owns it"
-        if parameter not in owned:
+        if not owners[parameter]:
             return f"'{parameter}' belongs to no layer of the model"
-    for name, owner in owners.items():
-        if problem := _problem(owner.module):
+    for name, layer in layers.items():
+        if problem := _problem(layer.module):
             return f"'{name}' {problem}"
     return None
 
@@ -52,6 +55,7 @@ def _problem(module: nn.Module) -> str | None:
     kind = type(module).__name__
     below = [each for child in module.children() for each in (*child.parameters(), *child.buffers())]
     problems = {
+        "is of torch's MultiheadAttention, which reads its weights past their layers": isinstance(module, ATTENTION),
         f"is {kind}, which mixes the patients of a batch": isinstance(module, _BatchNorm),
         f"({kind}) holds a bare parameter beside other layers": bool(below),
         f"({kind}) has buffers, which may carry something from one patient to another": any(
