@@ -29,7 +29,7 @@ CREATE TRIGGER IF NOT EXISTS no_removal BEFORE DELETE ON egress BEGIN SELECT RAI
 
 
 class EgressLog:
-    """The log of one site, a SQLite file that survives `kill -9` and power cuts (WAL, synchronous=FULL)."""
+    """The log of one site: a single SQLite file, whole after `kill -9` and power cuts, that can be copied and read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,8 +96,7 @@ class EgressLog:
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         log = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-        log.execute("PRAGMA journal_mode=WAL")
-        log.execute("PRAGMA synchronous=FULL")
+        log.execute("PRAGMA synchronous=EXTRA")  # a committed entry is on the disk, and so is the end of its journal
         log.executescript(SCHEMA)
         return log
 
@@ -105,7 +104,7 @@ class EgressLog:
         if not self.path.is_file():
             return
         try:
-            with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)) as log:
+            with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", BUSY_SECONDS, uri=True)) as log:
                 yield from log.execute(f"SELECT number, entry, hash FROM egress ORDER BY {order}")  # noqa: S608 (ours)
         except sqlite3.Error as error:
             raise MmfmError(f"is damaged or cannot be read ({error}); restore it from a backup", self._name) from error
