@@ -1,6 +1,5 @@
 """`mmfm site approve`: what a document would do here, in words for the person who answers for the patients."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -65,7 +64,6 @@ def approve(place: Place, proposal: Proposal) -> None:
     """Agree: from now on the agent answers to the document's hash."""
     collect(proposal.federation.model, proposal.source.parent, place.directory / "artifacts")
     gates.approve(place.directory / "approved", proposal.federation)
-    _as_the_folder(place.directory)
 
 
 def revoke(place: Place, document: str) -> str:
@@ -141,8 +139,8 @@ def _leaving(proposal: Proposal) -> str:
     ]
     return (
         f"LEAVES, in each of {len(rounds)} rounds: the trained parameters of {', '.join(each)}; "
-        f"{_bytes(most) / MB:.3f} MB a round at most, {total / MB:.3f} MB in all, unless a round is repeated. With them, "
-        "how many training studies stand behind each of these blocks, rounded up to multiples of "
+        f"{_bytes(most) / MB:.3f} MB a round at most, {total / MB:.3f} MB in all, unless a round is repeated. With "
+        "them, how many training studies stand behind each of these blocks, rounded up to multiples of "
         f"{proposal.site.release.min_count}, and the mean training loss."
     )
 
@@ -163,12 +161,3 @@ def _by_block(names: Iterable[str]) -> Counter[str]:
 
 def _bytes(tensors: Tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _as_the_folder(directory: Path) -> None:
-    # Whoever administers the machine approves; the agent, who owns the directory, must be able to read it.
-    owner = directory.stat()
-    if os.geteuid() == 0 and owner.st_uid != 0:
-        for folder in (directory / "approved", directory / "artifacts"):
-            for path in [folder, *folder.rglob("*")] if folder.exists() else []:
-                os.chown(path, owner.st_uid, owner.st_gid)
