@@ -4,6 +4,8 @@ import os
 import random
 import socket as sockets
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +16,12 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from flwr.app import Message
 from test_agent import Coordination, agents
 from tiny import tiny_federation, write_sites
 
 import client.agent
+import client.app
 import client.relay
 from client import wire
 from client.learning import Learned
@@ -25,8 +29,17 @@ from client.loading import arrays
 from client.relay import METHOD, Answer, Question, ask_at
 from client.service import Service, is_served, serving
 from mmfm_core.errors import MmfmError
-from mmfm_core.protocol import Describe, Refusal, RoundReply, RoundRequest, SiteDescription
+from mmfm_core.protocol import (
+    Describe,
+    Refusal,
+    RoundReply,
+    RoundRequest,
+    SiteDescription,
+    from_records,
+    to_records,
+)
 from mmfm_core.storage import Tensors
+from server.engines.in_process import InProcessGrid
 
 DOCUMENT = "a" * 64
 
@@ -143,6 +156,33 @@ def test_a_relay_that_finds_nobody_says_so(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(client.relay, "CONNECT_SECONDS", 0.2)
     with pytest.raises(MmfmError, match="does not answer at its socket"):
         ask(tmp_path / "agent.sock", Describe(DOCUMENT))
+
+
+def test_an_agent_that_dies_at_work_is_a_refusal_to_the_coordinator(tmp_path: Path) -> None:
+    """Asked as Flower asks: through the ClientApp, with nothing but the socket in the node's configuration."""
+    socket = tmp_path / "agent.sock"
+    code = f"""
+import os, threading
+from pathlib import Path
+from client.service import Service, serving
+class Dying:
+    def answer(self, question):
+        os.kill(os.getpid(), 9)
+with serving(Path({str(socket)!r}), Service(Dying())):
+    threading.Event().wait()
+"""
+    grid = InProcessGrid(client.app.app, 1)
+    grid._contexts[1].node_config[client.app.SOCKET] = str(socket)
+    question = to_records(RoundRequest(DOCUMENT, 1, {"w": np.ones(3, np.float32)}))
+    with subprocess.Popen([sys.executable, "-c", code]) as dying:
+        message = Message(question, dst_node_id=1, message_type="train")
+        (reply,) = grid.send_and_receive([message])
+        assert dying.wait(10) == -9
+    answer = from_records(reply.content, Refusal)
+    assert answer.reason == "the site's agent ended while it worked on this (UNAVAILABLE); its own log says why"
+    del grid._contexts[1].node_config[client.app.SOCKET]
+    (reply,) = grid.send_and_receive([Message(question, dst_node_id=1, message_type="train")])
+    assert "this node has no agent" in from_records(reply.content, Refusal).reason
 
 
 def test_a_relay_waits_no_longer_than_the_message_lives(tmp_path: Path) -> None:
