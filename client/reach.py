@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 import httpx
 from cryptography import x509
 
-from client.checks import Finding
+from client.checks import Finding, Level
 from client.enrol import day, public_key
 from client.place import Place
 from mmfm_core.errors import MmfmError
@@ -45,7 +45,7 @@ def _authority(place: Place) -> Iterator[Finding]:
         return
     for certificate in certificates:
         ends = certificate.not_valid_after_utc.timestamp()
-        level = "failed" if ends < time.time() else "warning" if ends < time.time() + SOON_SECONDS else "ok"
+        level: Level = "failed" if ends < time.time() else "warning" if ends < time.time() + SOON_SECONDS else "ok"
         remedy = "" if level == "ok" else "; ask the coordinator for a new enrolment"
         yield Finding(level, f"{place.authority}: the consortium's authority is valid until {day(ends)}{remedy}")
 

@@ -35,6 +35,7 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
+LEVEL = re.compile(r"(INFO|WARNING|ERROR)\s*:")  # as Flower begins its lines
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,8 @@ class Child:
                 sys.stderr.write(line)
                 sys.stderr.flush()
             elif text:
-                log.info("%s: %s", self.name, text)
+                level = LEVEL.match(text)
+                log.log(getattr(logging, level[1]) if level else logging.INFO, "%s: %s", self.name, text)
 
 
 def run(place: Place, agent: bool, relay: bool) -> None:

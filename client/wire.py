@@ -90,7 +90,7 @@ def received(stream: Iterable[bytes], *expected: type[Expected], largest: int = 
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _cut(data: bytes | memoryview) -> Iterator[bytes]:
