@@ -18,6 +18,9 @@ from mmfm_core.privacy.step import Mechanism
 from mmfm_core.protocol import RoundReply, RoundRequest
 from mmfm_core.storage import digest, read_tensors, whole_folder, write_tensors, write_text
 
+LEDGER = "ledger.sqlite"
+"""Its name in a site's directory, unless `site.yaml` names another place."""
+
 KEPT_ANSWERS = 2  # a coordinator that was killed asks for the round after its last checkpoint but one at most
 
 

@@ -17,7 +17,8 @@ from test_agent import Coordination, agents, ask, is_shared
 from tiny import private_federation, tiny_federation, write_sites
 
 import client.learning
-from client.agent import LEDGER, Agent
+from client.agent import Agent
+from client.private import LEDGER
 from mmfm_core.config import Federation, Site
 from mmfm_core.config.loading import sha256
 from mmfm_core.config.site import Budget

@@ -130,6 +130,18 @@ class Budget(Strict):
     delta: float = Field(default=1e-5, gt=0, lt=1)
 
 
+class Limits(Strict):
+    """What a request may take of a site's machine; one that takes more is refused.
+
+    Attributes:
+        memory: GB (10^9 bytes) of the agent's process.
+        seconds: from a request's arrival to its answer.
+    """
+
+    memory: PositiveFloat | None = None
+    seconds: PositiveFloat | None = None
+
+
 class Site(Strict):
     """One hospital. It says where its data is and what it holds; it can only tighten what the federation asks.
 
@@ -143,6 +155,7 @@ class Site(Strict):
         budget: what private federations may cost a patient here, all of them together; the ledger holds them to it.
         ledger: where that is written down; by default in the site's directory. Several sites of one hospital that hold
             the same patients name one ledger.
+        limits: what a request may take of the machine; nothing is limited by default.
         missing: cells that mean 'missing', in addition to `mmfm_core.config.strict.MISSING_CELLS`.
     """
 
@@ -160,6 +173,7 @@ class Site(Strict):
     release: Release = Release()
     budget: Budget = Budget()
     ledger: Path | None = None
+    limits: Limits = Limits()
     missing: tuple[Cell, ...] = ()
     missing_files: Literal["error", "absent"] = "error"
 

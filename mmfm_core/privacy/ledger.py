@@ -145,7 +145,7 @@ class Ledger:
             entries = _locked(database, self.path)
             before = charged(entries).get((document, number))
             if before is None or (kind, before.kind) == ("withdrawn", "released"):
-                raise MmfmError(f"{self.path}: round {number} is not reserved; nothing may leave for it")
+                raise MmfmError(f"round {number} is not reserved; nothing may leave for it", str(self.path))
             if before.kind == "reserved":
                 _append(database, entries, kind, document, number, before.charge)
 
@@ -158,8 +158,9 @@ class Ledger:
                 yield database
         except (sqlite3.Error, OSError) as error:
             raise MmfmError(
-                f"{self.path}: the ledger cannot be used ({error}); without it no private round is answered: make "
-                "room, mend the permissions, or restore the file"
+                f"the ledger cannot be used ({error}); without it no private round is answered: make room, mend the "
+                "permissions, or restore the file",
+                str(self.path),
             ) from error
 
 
@@ -180,8 +181,9 @@ def check(path: Path, entries: Iterable[Entry]) -> None:
     for number, entry in enumerate(entries, 1):
         if (entry.number, entry.previous, entry.hash) != (number, previous, entry.sealed()):
             raise MmfmError(
-                f"{path}: line {number} of the ledger was changed, or one before it is missing; no private round is "
-                "answered until the file is restored from a backup"
+                f"line {number} of the ledger was changed, or one before it is missing; no private round is answered "
+                "until the file is restored from a backup",
+                str(path),
             )
         previous = entry.hash
 
