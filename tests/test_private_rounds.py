@@ -1,5 +1,6 @@
 """Private rounds at a site: paid before they train, answered once, and what of them leaves."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -17,10 +18,13 @@ from test_agent import Coordination, agents, ask, is_shared
 from tiny import private_federation, tiny_federation, write_sites
 
 import client.learning
+from client import spending
 from client.agent import Agent
+from client.approval import propose, sentences
+from client.place import Place
 from client.private import LEDGER
 from mmfm_core.config import Federation, Site
-from mmfm_core.config.loading import sha256
+from mmfm_core.config.loading import dump, sha256
 from mmfm_core.config.site import Budget
 from mmfm_core.errors import MmfmError
 from mmfm_core.privacy.accounting import Charge, composed, epsilon, noise_for, schedule_of
@@ -138,6 +142,35 @@ def test_several_sites_of_a_hospital_may_name_one_ledger(tmp_path: Path, sites: 
     assert isinstance(reply, RoundReply)
     assert len(Ledger(tmp_path / "hospital.db").entries()) == 2  # reserved, released
     assert not (together.agents["north"].directory / LEDGER).exists()
+
+
+def test_the_hospital_sees_what_was_paid_and_by_which_document(tmp_path: Path, sites: dict[str, Site]) -> None:
+    federation = private_federation()
+    agent = agents(tmp_path, federation, sites)["north"]
+    place = Place.of(agent.directory)
+    assert any("spent     ε 0.000" in line for line in spending.shown(place))
+    ask(agent, first_request(federation))
+    cost = epsilon(schedule_of(federation).noise, 0.5, STEPS, 1e-5)
+    lines = list(spending.shown(place))
+    assert f"spent     ε {cost:.3f}" in lines
+    assert f"{sha256(federation)[:12]}  tiny: ε {cost:.3f} alone, 1 rounds with 4 steps, the last one" in lines[-1]
+    assert spending.verified(place).startswith("2 lines, each as it was written")
+    assert spending.export(place, tmp_path / "ledger.json") == 2
+    exported = json.loads((tmp_path / "ledger.json").read_text())
+    assert [line["kind"] for line in exported] == ["reserved", "released"]
+    assert exported[1]["previous"] == exported[0]["hash"]
+
+
+def test_consent_states_the_promise_and_what_it_costs(tmp_path: Path, sites: dict[str, Site]) -> None:
+    federation = private_federation()
+    place = Place.of(agents(tmp_path, federation, sites)["north"].directory)
+    (tmp_path / "document.yaml").write_text(dump(federation))
+    said = "\n".join(sentences(propose(place, tmp_path / "document.yaml")))
+    cost = epsilon(schedule_of(federation).noise, 0.5, STEPS * ROUNDS, 1e-5)
+    assert "LEAVES: no metric and no loss." in said
+    assert "and the mean training loss" not in said
+    assert f"PRIVACY, what it costs: At most ε {cost:.3f}" in said
+    assert f"BUDGET: this document would cost ε {cost:.3f} of this site's ε 8 at δ 1e-05" in said
 
 
 def test_a_round_that_fails_costs_nothing(
