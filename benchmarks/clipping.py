@@ -52,6 +52,7 @@ def document(image: int = 0, text: int = 0, table: bool = False) -> dict[str, An
 MODELS = {
     "image, 16 tokens": document(image=64),
     "image, 196 tokens": document(image=224),
+    "image, 576 tokens": document(image=384),
     "text, 128 tokens": document(text=128),
     "image + text + table, 60 tokens": document(image=64, text=32, table=True),
 }
@@ -136,8 +137,9 @@ def main() -> None:
     lines = [
         "# What one clipped gradient per patient costs\n",
         f"`OMP_NUM_THREADS=1 python benchmarks/clipping.py --repeats {arguments.repeats}`, torch {torch.__version__}.",
-        "CPU seconds per step in one thread, as multiples of the step without privacy, and the step's own peak of resident",
-        "memory. Width 192, four layers an encoder, one of fusion; one study per patient; all parameters are trained.\n",
+        "CPU seconds per step in one thread, as multiples of the step without privacy, and the step's own peak of",
+        "resident memory. Width 192, four layers an encoder, one of fusion; one study per patient; all parameters are",
+        "trained.\n",
         "| model | batch | " + " | ".join(WAYS) + " |",
         "|---" * (2 + len(WAYS)) + "|",
     ]

@@ -1,5 +1,6 @@
 """The gradient of every study as Opacus' hooks see it, folded by patient: the independent cross-check."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -84,7 +85,11 @@ def _hooked(model: nn.Module) -> Iterator[nn.Module]:
 
     hooked = GradSampleModule(model, loss_reduction="sum", strict=False)
     try:
-        yield hooked
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Full backward hook is firing"
+            )  # on a model whose inputs need no gradient
+            yield hooked
     finally:
         hooked.remove_hooks()
         for parameter in model.parameters():

@@ -49,11 +49,10 @@ def layer_of(module: nn.Module, trained: Collection[str], uses: Sequence[Use], r
 
     if type(module) is nn.Embedding:
         return _Embedding(module, uses, rows)
-    shape = module.weight.shape
     if type(module) in (nn.Linear, Conv1D):
-        return _Linear(trained, uses, rows, shape, transposed=type(module) is Conv1D)
+        return _Linear(module, trained, uses, rows, transposed=type(module) is Conv1D)
     if _cuts_patches(module, uses):
-        return _Linear(trained, [_of_patches(use, module.kernel_size) for use in uses], rows, shape)
+        return _Linear(module, trained, [_of_patches(use, module.kernel_size) for use in uses], rows)
     return _Sampled(module, trained, uses, rows)
 
 
@@ -65,10 +64,15 @@ class _Linear(Layer):
     """
 
     def __init__(
-        self, trained: Collection[str], uses: Sequence[Use], rows: Rows, shape: torch.Size, transposed: bool = False
+        self,
+        module: nn.Module,
+        trained: Collection[str],
+        uses: Sequence[Use],
+        rows: Rows,
+        transposed: bool = False,
     ) -> None:
         x, gradient = (_tokens(each, rows) for each in zip(*((use.x, use.gradient) for use in uses), strict=True))
-        self.rows, self.shape, self.transposed = rows, shape, transposed
+        self.rows, self.shape, self.transposed = rows, module.weight.shape, transposed
         self.weights = [_Product(*group) for group in zip(x, gradient, strict=True)] if "weight" in trained else []
         self.bias = torch.cat([group.sum(1) for group in gradient]) if "bias" in trained else None
 
@@ -126,7 +130,7 @@ class _Embedding(Layer):
     def __init__(self, module: nn.Embedding, uses: Sequence[Use], rows: Rows) -> None:
         self.shape, device = module.weight.shape, module.weight.device
         patient = rows.spread(torch.arange(rows.patients, device=device))
-        keys = [(patient[:, None] * self.shape[0] + use.x.flatten(1)).flatten() for use in uses]
+        keys = [(patient[:, None] * self.shape[0] + use.x.reshape(len(use.x), -1)).flatten() for use in uses]
         gradients = [use.gradient.reshape(-1, self.shape[1]) for use in uses]
         found, place = torch.cat(keys).unique(return_inverse=True)
         self.patient, self.token = found // self.shape[0], found % self.shape[0]
