@@ -72,9 +72,10 @@ def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str
         if whole is None:
             continue
         # Opacus pairs calls with gradients from the last one backwards: one without a gradient would shift the others.
-        if parameter._forward_counter or parameter.grad_sample is None:
+        written = vars(parameter)
+        if written["_forward_counter"] or written["grad_sample"] is None:
             raise _refused(f"not every call of the layer of '{name}' led to the loss, or no hook saw it")
-        found[name] = parameter.grad_sample
+        found[name] = written["grad_sample"]
     return found
 
 

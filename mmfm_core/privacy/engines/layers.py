@@ -20,6 +20,9 @@ CANCELLED = 1e-3
 """Of the bound that Cauchy and Schwarz give: below it, a squared norm by Gram matrices is too much of rounding."""
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 @dataclass(frozen=True)
 class Use:
     """One call of a layer: what went in, [R, ...], and the gradient of the loss by what came out, [R, ...]."""
@@ -51,7 +54,7 @@ def layer_of(module: nn.Module, trained: Collection[str], uses: Sequence[Use], r
         return _Embedding(module, uses, rows)
     if type(module) in (nn.Linear, Conv1D):
         return _Linear(module, trained, uses, rows, transposed=type(module) is Conv1D)
-    if _cuts_patches(module, uses):
+    if isinstance(module, CONVOLUTIONS) and _cuts_patches(module, uses):
         return _Linear(module, trained, [_of_patches(use, module.kernel_size) for use in uses], rows)
     return _Sampled(module, trained, uses, rows)
 
@@ -72,7 +75,8 @@ class _Linear(Layer):
         transposed: bool = False,
     ) -> None:
         x, gradient = (_tokens(each, rows) for each in zip(*((use.x, use.gradient) for use in uses), strict=True))
-        self.rows, self.shape, self.transposed = rows, module.weight.shape, transposed
+        self.rows, self.transposed = rows, transposed
+        self.shape: torch.Size = dict(module.named_parameters())["weight"].shape
         self.weights = [_Product(*group) for group in zip(x, gradient, strict=True)] if "weight" in trained else []
         self.bias = torch.cat([group.sum(1) for group in gradient]) if "bias" in trained else None
 
@@ -229,10 +233,10 @@ def _tokens(each: Sequence[Tensor], rows: Rows) -> list[Tensor]:
     return [group.flatten(1, 2) for group in rows.folded(together)]
 
 
-def _cuts_patches(module: nn.Module, uses: Sequence[Use]) -> bool:
-    """Whether a layer is a convolution whose kernels tile its input: a linear layer on patches."""
+def _cuts_patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, uses: Sequence[Use]) -> bool:
+    """Whether a convolution's kernels tile its input: then it is a linear layer on patches."""
     return (
-        type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        type(module) in CONVOLUTIONS  # a subclass may read its weight in its own way
         and module.kernel_size == module.stride
         and module.groups == 1
         and not any(module.padding)
