@@ -8,11 +8,10 @@ nothing else. Writes `benchmarks/results/clipping.md`.
 """
 
 import argparse
-import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,7 @@ def document(image: int = 0, text: int = 0, table: bool = False) -> dict[str, An
 MODELS = {
     "image, 16 tokens": document(image=64),
     "image, 196 tokens": document(image=224),
+    "image, 576 tokens": document(image=384),
     "text, 128 tokens": document(text=128),
     "image + text + table, 60 tokens": document(image=64, text=32, table=True),
 }
@@ -90,21 +90,14 @@ def seconds(model: MultimodalModel, batch: Batch, repeats: int) -> dict[str, flo
         for way in WAYS:
             start = time.process_time()
             step(way, model, batch)
-            if repeat:  # the first one loads libraries
+            if repeat:  # the first one warms up
                 taken[way].append(time.process_time() - start)
-    return {way: statistics.median(each) for way, each in taken.items()}
+    return {way: statistics.median(each) for way, each in taken.items() if each}
 
 
-def peak(name: str, way: str, rows: int) -> float:
-    """MB of resident memory that a step takes at most, measured in a process of its own."""
-    command = [sys.executable, __file__, "--cell", json.dumps([name, way, rows])]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def measure_peak(name: str, way: str, rows: int) -> float:
-    """The same, of this process (Linux)."""
-    model, batch = built(name, rows)
-    step(way, model, batch.rows([0]))  # loads libraries
+def peak(model: MultimodalModel, batch: Batch, way: str) -> float:
+    """MB of resident memory that a step takes at most, of this process (Linux)."""
+    step(way, model, batch.rows([0]))
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     step(way, model, batch)
@@ -118,37 +111,45 @@ def _resident(field: str) -> float:
 
 def built(name: str, rows: int) -> tuple[MultimodalModel, Batch]:
     """A model and a batch."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = Model.model_validate(MODELS[name])
     return full_model(config, seed=0).train(), studies(config, rows)
+
+
+def in_child(measure: Callable[..., Any], name: str, rows: int, *arguments: object) -> Any:
+    """What `measure` says of a model and a batch, in a process that has computed nothing before."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: theirs.send(measure(*built(name, rows), *arguments)))
+    child.start()
+    found = ours.recv()
+    child.join()
+    return found
 
 
 def main() -> None:
     """Measure everything, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.cell:
-        print(measure_peak(*arguments.cell))
-        return
+    torch.set_num_threads(1)
+    seconds(*built(next(iter(MODELS)), 1), 0)  # loads libraries, for all children
     lines = [
         "# What one clipped gradient per patient costs\n",
         f"`OMP_NUM_THREADS=1 python benchmarks/clipping.py --repeats {arguments.repeats}`, torch {torch.__version__}.",
-        "CPU seconds per step in one thread, as multiples of the step without privacy, and the step's own peak of resident",
-        "memory. Width 192, four layers an encoder, one of fusion; one study per patient; all parameters are trained.\n",
+        "CPU seconds per step in one thread, as multiples of the step without privacy, and the step's own peak of",
+        "resident memory. Width 192, four layers an encoder, one of fusion; one study per patient; all parameters are",
+        "trained.\n",
         "| model | batch | " + " | ".join(WAYS) + " |",
         "|---" * (2 + len(WAYS)) + "|",
     ]
     for name in MODELS:
         for rows in BATCHES:
-            model, batch = built(name, rows)
-            times = seconds(model, batch, arguments.repeats)
+            times = in_child(seconds, name, rows, arguments.repeats)
             cells = []
             for way in WAYS:
                 time_cell = f"{times[way]:.2f} s" if way == WAYS[0] else f"{times[way] / times[WAYS[0]]:.2f} ×"
-                cells.append(f"{time_cell}, {peak(name, way, rows):.0f} MB")
+                cells.append(f"{time_cell}, {in_child(peak, name, rows, way):.0f} MB")
             lines.append(f"| {name} | {rows} | " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
     RESULTS.write_text("\n".join(lines) + "\n")

@@ -163,6 +163,41 @@ def test_attention_counts_where_any_of_it_is_trained_and_not_where_it_is_frozen(
     assert "'attention.out_proj' is of torch's MultiheadAttention" in str(inner)
 
 
+def test_batch_norm_that_is_frozen_still_mixes_unless_it_uses_its_own_statistics():
+    model = Mixing()
+    model.norm.requires_grad_(False)
+    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    assert "'norm' is BatchNorm1d" in str(unsupported(model, parameters))
+    model.norm.eval()
+    assert unsupported(model, parameters) is None
+
+
+class Scaling(nn.Module):
+    """Layers without a name that Opacus knows: one number for each feature, and a norm without bias."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.rand(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gamma
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.norm, self.conv = self.Layer(), nn.LayerNorm(6, bias=False), nn.Conv1d(3, 2, 2, stride=2)
+
+    def losses(self, batch: Batch) -> Tensor:
+        return self.conv(self.norm(self.scale(batch.inputs["x"]))).square().sum((1, 2))
+
+
+def test_layers_that_opacus_has_no_function_for(batch):
+    torch.manual_seed(0)
+    model = Scaling()
+    found = run(ENGINES["bookkeeping"], model, batch)
+    torch.testing.assert_close(flat(found.total), by_hand(model, batch, STUDIES_OF), rtol=1e-4, atol=1e-5)
+
+
 class Borrowing(nn.Module):
     """Reads a weight past its layer, which no list of layers can tell."""
 

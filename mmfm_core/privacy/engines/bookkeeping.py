@@ -30,7 +30,7 @@ def clipped_sum(
         MmfmError: see `unsupported` and `booked`; use `loop`.
     """
     layers = layers_of(model, parameters)
-    if reason := missed(layers, parameters):
+    if reason := missed(model, layers, parameters):
         raise refused(reason)
     if not len(batch):
         return Clipped(zeros(parameters), 0.0, 0)

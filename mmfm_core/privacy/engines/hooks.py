@@ -1,5 +1,6 @@
 """The gradient of every study as Opacus' hooks see it, folded by patient: the independent cross-check."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -71,9 +72,10 @@ def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str
         if whole is None:
             continue
         # Opacus pairs calls with gradients from the last one backwards: one without a gradient would shift the others.
-        if parameter._forward_counter or parameter.grad_sample is None:
+        written = vars(parameter)
+        if written["_forward_counter"] or written["grad_sample"] is None:
             raise _refused(f"not every call of the layer of '{name}' led to the loss, or no hook saw it")
-        found[name] = parameter.grad_sample
+        found[name] = written["grad_sample"]
     return found
 
 
@@ -84,7 +86,11 @@ def _hooked(model: nn.Module) -> Iterator[nn.Module]:
 
     hooked = GradSampleModule(model, loss_reduction="sum", strict=False)
     try:
-        yield hooked
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Full backward hook is firing"
+            )  # on a model whose inputs need no gradient
+            yield hooked
     finally:
         hooked.remove_hooks()
         for parameter in model.parameters():

@@ -20,6 +20,9 @@ CANCELLED = 1e-3
 """Of the bound that Cauchy and Schwarz give: below it, a squared norm by Gram matrices is too much of rounding."""
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 @dataclass(frozen=True)
 class Use:
     """One call of a layer: what went in, [R, ...], and the gradient of the loss by what came out, [R, ...]."""
@@ -49,11 +52,10 @@ def layer_of(module: nn.Module, trained: Collection[str], uses: Sequence[Use], r
 
     if type(module) is nn.Embedding:
         return _Embedding(module, uses, rows)
-    shape = module.weight.shape
     if type(module) in (nn.Linear, Conv1D):
-        return _Linear(trained, uses, rows, shape, transposed=type(module) is Conv1D)
-    if _cuts_patches(module, uses):
-        return _Linear(trained, [_of_patches(use, module.kernel_size) for use in uses], rows, shape)
+        return _Linear(module, trained, uses, rows, transposed=type(module) is Conv1D)
+    if isinstance(module, CONVOLUTIONS) and _cuts_patches(module, uses):
+        return _Linear(module, trained, [_of_patches(use, module.kernel_size) for use in uses], rows)
     return _Sampled(module, trained, uses, rows)
 
 
@@ -65,10 +67,16 @@ class _Linear(Layer):
     """
 
     def __init__(
-        self, trained: Collection[str], uses: Sequence[Use], rows: Rows, shape: torch.Size, transposed: bool = False
+        self,
+        module: nn.Module,
+        trained: Collection[str],
+        uses: Sequence[Use],
+        rows: Rows,
+        transposed: bool = False,
     ) -> None:
         x, gradient = (_tokens(each, rows) for each in zip(*((use.x, use.gradient) for use in uses), strict=True))
-        self.rows, self.shape, self.transposed = rows, shape, transposed
+        self.rows, self.transposed = rows, transposed
+        self.shape: torch.Size = dict(module.named_parameters())["weight"].shape
         self.weights = [_Product(*group) for group in zip(x, gradient, strict=True)] if "weight" in trained else []
         self.bias = torch.cat([group.sum(1) for group in gradient]) if "bias" in trained else None
 
@@ -126,7 +134,7 @@ class _Embedding(Layer):
     def __init__(self, module: nn.Embedding, uses: Sequence[Use], rows: Rows) -> None:
         self.shape, device = module.weight.shape, module.weight.device
         patient = rows.spread(torch.arange(rows.patients, device=device))
-        keys = [(patient[:, None] * self.shape[0] + use.x.flatten(1)).flatten() for use in uses]
+        keys = [(patient[:, None] * self.shape[0] + use.x.reshape(len(use.x), -1)).flatten() for use in uses]
         gradients = [use.gradient.reshape(-1, self.shape[1]) for use in uses]
         found, place = torch.cat(keys).unique(return_inverse=True)
         self.patient, self.token = found // self.shape[0], found % self.shape[0]
@@ -225,10 +233,10 @@ def _tokens(each: Sequence[Tensor], rows: Rows) -> list[Tensor]:
     return [group.flatten(1, 2) for group in rows.folded(together)]
 
 
-def _cuts_patches(module: nn.Module, uses: Sequence[Use]) -> bool:
-    """Whether a layer is a convolution whose kernels tile its input: a linear layer on patches."""
+def _cuts_patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, uses: Sequence[Use]) -> bool:
+    """Whether a convolution's kernels tile its input: then it is a linear layer on patches."""
     return (
-        type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        type(module) in CONVOLUTIONS  # a subclass may read its weight in its own way
         and module.kernel_size == module.stride
         and module.groups == 1
         and not any(module.padding)

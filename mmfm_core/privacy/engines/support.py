@@ -34,11 +34,14 @@ def layers_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[
 
 def unsupported(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str | None:
     """Why hooks would miss or mix gradients of `parameters`, naming the layer; None where they do not."""
-    return missed(layers_of(model, parameters), parameters)
+    return missed(model, layers_of(model, parameters), parameters)
 
 
-def missed(layers: Mapping[str, Owner], parameters: Mapping[str, nn.Parameter]) -> str | None:
-    """The same, of the layers that own the parameters."""
+def missed(model: nn.Module, layers: Mapping[str, Owner], parameters: Mapping[str, nn.Parameter]) -> str | None:
+    """The same, where the layers that own the parameters are known."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            return f"'{name}' is {type(module).__name__}, which mixes the patients of a batch"
     owners = Counter(name for layer in layers.values() for name in layer.trained.values())
     for parameter in parameters:
         if owners[parameter] > 1:
@@ -56,7 +59,6 @@ def _problem(module: nn.Module) -> str | None:
     below = [each for child in module.children() for each in (*child.parameters(), *child.buffers())]
     problems = {
         "is of torch's MultiheadAttention, which reads its weights past their layers": isinstance(module, ATTENTION),
-        f"is {kind}, which mixes the patients of a batch": isinstance(module, _BatchNorm),
         f"({kind}) holds a bare parameter beside other layers": bool(below),
         f"({kind}) has buffers, which may carry something from one patient to another": any(
             True for _ in module.buffers()
