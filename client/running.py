@@ -4,13 +4,14 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import socket as sockets
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from mmfm_core.storage import write_text
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 15.0  # Flower takes a few to tell the coordinator that the node leaves
-AGENT_RESTART_SECONDS = 2.0
+AGENT_RESTART_SECONDS = LAUNCHER_RESTART_SECONDS = 2.0
 # A SuperNode that was killed is refused (exit code 305) until its last heartbeat, a minute ago at most, is stale.
 RELAY_RESTART_SECONDS = 15.0
 
@@ -34,6 +35,7 @@ QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # seconds, which every message waits at the mean half of
 }
 LEVEL = re.compile(r"(INFO|WARNING|ERROR)\s*:")  # as Flower begins its lines
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -46,7 +48,7 @@ class Child:
     """A program that is kept running."""
 
     name: str
-    command: Callable[[], Sequence[str]]
+    command: Sequence[str]
     folder: Path
     variables: Mapping[str, str]
     restart_seconds: float
@@ -61,7 +63,7 @@ class Child:
             log.warning("%s ended with code %d; it is started again in %g s", self.name, code, self.restart_seconds)
         if self.process is None and time.monotonic() >= self.not_before:
             self.process = subprocess.Popen(  # noqa: S603 (our own words and paths)
-                [sys.executable, "-m", "client.tied", *self.command()],
+                [sys.executable, "-m", "client.tied", *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -114,7 +116,7 @@ def run(place: Place, agent: bool, relay: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with TemporaryDirectory(prefix="mmfm-") as home:
-        children = [relay_of(place, Path(home))] * relay + [agent_of(place)] * agent
+        children = [*(relay_of(place, Path(home)) if relay else ()), *([agent_of(place)] if agent else ())]
         try:
             while not stop.wait(POLL_SECONDS):
                 for child in reversed(children):
@@ -129,26 +131,37 @@ def agent_of(place: Place) -> Child:
     """The agent as a child of this process."""
     command = [str(_script("mmfm")), "site", "run", "--agent-only"]
     command += ["--directory", str(place.directory), "--socket", str(place.socket.absolute())]
-    return Child("agent", lambda: command, place.directory, {}, AGENT_RESTART_SECONDS)
+    return Child("agent", command, place.directory, {}, AGENT_RESTART_SECONDS)
 
 
-def relay_of(place: Place, home: Path) -> Child:
-    """Flower's SuperNode as a child of this process; `home` is where Flower keeps its files."""
+def relay_of(place: Place, home: Path) -> tuple[Child, Child]:
+    """Flower's launcher and SuperNode as children of this process; `home` is where Flower keeps its files.
+
+    Left alone, a SuperNode gives its tasks to whoever asks at its port on this machine: these two share a secret.
+    """
     enrolled = place.enrolled()
+    secret, port = home / "secret", _free_port()
+    secret.write_bytes(secrets.token_hex(32).encode())  # in a folder that is this user's alone
     # Flower's command line would tear apart a path with a quote or a blank.
     write_text(home / "node.toml", f"{SOCKET} = {json.dumps(str(place.socket.absolute()), ensure_ascii=False)}\n")
     scripts = _script("flower-supernode").parent
-
-    def command() -> list[str]:
-        return [
-            *(str(scripts / "flower-supernode"), "--superlink", enrolled.address),
-            *("--root-certificates", str(place.authority), "--auth-supernode-private-key", str(place.key)),
-            *("--host", "127.0.0.1", "--port", str(_free_port()), "--node-config", "node.toml"),
-        ]
-
-    # Flower starts its own helpers by name.
+    node = [
+        *(str(scripts / "flower-supernode"), "--superlink", enrolled.address),
+        *("--root-certificates", str(place.authority), "--auth-supernode-private-key", str(place.key)),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
+        *("--host", "127.0.0.1", "--port", str(port), "--node-config", "node.toml"),
+    ]
+    launcher = [
+        *(str(scripts / "flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
+        *("--superexec-auth-secret-file", str(secret)),
+    ]
+    # The launcher starts a program for each message, by name.
     path = f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return Child("relay", command, home, QUIET | {"FLWR_HOME": str(home), "PATH": path}, RELAY_RESTART_SECONDS)
+    variables = QUIET | {"FLWR_HOME": str(home), "PATH": path}
+    return (
+        Child("launcher", launcher, home, variables, LAUNCHER_RESTART_SECONDS),
+        Child("relay", node, home, variables, RELAY_RESTART_SECONDS),
+    )
 
 
 def _script(name: str) -> Path:
