@@ -23,7 +23,11 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for entry in sorted(entry_points(group="mmfm.commands"), key=lambda e: e.name):
-        app.command(entry.name)(entry.load())
+        loaded = entry.load()
+        if isinstance(loaded, typer.Typer):  # a group of commands
+            app.add_typer(loaded, name=entry.name)
+        else:
+            app.command(entry.name)(loaded)
     app.callback()(lambda: None)  # keeps sub-commands even where a package brings only one
     return app
 

@@ -66,6 +66,7 @@ class Coordinator:
         for this in rounds[done:]:
             self._round(strategy, this)
             self.run.save_checkpoint(this.number, strategy.shared, strategy.memory)
+            self.run.update(round=this.number, round_ended=time.time())
         self.run.update(status="completed", finished=time.time())
 
     def _needed(self, this: Round) -> int:
@@ -80,6 +81,7 @@ class Coordinator:
                 strategy.advance(self.attendance.sites.values())
                 return
             strategy.void()
+            self.run.update(void_rounds=self.run.facts.get("void_rounds", 0) + 1)
             self.run.forget_after(this.number - 1)
             self.run.tell(
                 f"round {this.number} is void: fewer than {needed} usable replies (attempt {attempt} of {ATTEMPTS})",

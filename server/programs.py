@@ -67,7 +67,7 @@ class Programs:
         """Start a program that is installed beside this Python; `home` is where Flower keeps its files."""
         self._folder.mkdir(parents=True, exist_ok=True)
         log = self._folder / f"{name}.log"
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             process = subprocess.Popen(  # noqa: S603 (our own words and paths)
                 words(command),
                 stdin=subprocess.DEVNULL,
@@ -78,6 +78,8 @@ class Programs:
                 start_new_session=True,
             )
         program = Program(name, process, log)
+        # Of one that ended and is started again, the number may belong to a stranger by now.
+        self._started = [each for each in self._started if each.name != name]
         self._started.append(program)
         return program
 
