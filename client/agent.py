@@ -11,6 +11,7 @@ import torch
 
 from client import gates
 from client.adaptation import choose
+from client.egress import EgressLog
 from client.learning import PERSONAL, learn
 from client.loading import arrays, load
 from client.predictions import write_predictions
@@ -33,6 +34,8 @@ from mmfm_core.training.steps import train
 
 log = logging.getLogger(__name__)
 
+EGRESS = "egress.sqlite"
+
 
 @dataclass(frozen=True)
 class Participation:
@@ -52,10 +55,12 @@ class Agent:
 
     The directory holds `site.yaml`, `approved/<sha256>.yaml` (the documents this site agreed to), and what the agent
     writes: `state/` (local parameters), `predictions/` and `cache/` (features of frozen trunks); none of it is sent.
+    What was sent stands in `egress.sqlite`.
     """
 
     def __init__(self, directory: Path, name: str, release: Release, read: Callable[[Model], Dataset]) -> None:
         self.directory, self.name, self._release, self._read = directory, name, release, read
+        self.egress = EgressLog(directory / EGRESS)
         self._participations: dict[str, Participation] = {}
 
     @classmethod
@@ -65,7 +70,27 @@ class Agent:
         return cls(directory, site.name, site.release, partial(load_dataset, site, artifacts=directory / "artifacts"))
 
     def answer(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:
-        """Answer, or refuse with a reason; never raise, and never let a value of a record into a reason."""
+        """Answer, or refuse with a reason; never raise. The egress log has the answer before it is returned."""
+        return self._let_out(self._decide(question), question)
+
+    def refuse(self, reason: str) -> Refusal:
+        """Refuse what could not be read as a question."""
+        refusal = self._let_out(Refusal(self.name, gates.tellable(reason)), None)
+        assert isinstance(refusal, Refusal)
+        return refusal
+
+    def _let_out(
+        self, answer: SiteDescription | RoundReply | Refusal, question: Describe | RoundRequest | None
+    ) -> SiteDescription | RoundReply | Refusal:
+        try:
+            self.egress.append(answer, question)
+        except MmfmError as error:
+            log.error("nothing leaves: %s", error)
+            return Refusal(self.name, "this site cannot write down what leaves, so nothing does; its own log says why")
+        return answer
+
+    def _decide(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:
+        # No value of a record, and no place on this machine, may get into a reason.
         try:
             participation = self.participate(question.federation)
             if isinstance(question, Describe):
@@ -74,7 +99,8 @@ class Agent:
                 return gates.described(counted, self._release)
             return self._take_part(participation, question)
         except MmfmError as error:
-            return Refusal(self.name, str(error))
+            log.warning("refused: %s", error)
+            return Refusal(self.name, gates.tellable(error.told))
         except Exception as error:
             log.exception("site %s: internal error", self.name)
             reason = f"internal error ({type(error).__name__}); the site's own log has the details"

@@ -14,6 +14,8 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import Metric, SiteDescription
 from mmfm_core.storage import Tensors, write_text
 
+LONGEST_REASON = 2000
+
 
 def approve(folder: Path, federation: Federation) -> str:
     """Write down that this site agrees to a document; returns the hash by which it will be asked for."""
@@ -31,10 +33,21 @@ def approved(folder: Path, document: str) -> Federation:
     path = folder / f"{document}.yaml"
     if not re.fullmatch("[0-9a-f]{64}", document) or not path.is_file():
         raise MmfmError("this federation's document is not approved at this site")
-    federation = load_federation(path)
+    changed = "this site's approved copy of the document was changed; approve it again"
+    try:
+        federation = load_federation(path)
+    except MmfmError as error:
+        raise MmfmError(changed) from error
     if sha256(federation) != document:
-        raise MmfmError("this site's approved copy of the document was changed; approve it again")
+        raise MmfmError(changed)
     return federation
+
+
+def tellable(reason: str) -> str:
+    """A reason as it may leave: of bounded length, and naming no place on this machine."""
+    if re.search(r"(^|[\s'\"(=])~?/\w", reason):
+        return "the site's files cannot be used as they are; its own log says which, and how to mend it"
+    return reason[:LONGEST_REASON]
 
 
 def check_tensors(tensors: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]) -> None:

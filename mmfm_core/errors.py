@@ -5,5 +5,12 @@ class MmfmError(Exception):
     """Something the user can mend.
 
     The message is one sentence that names the file, the field and the remedy, and holds no value read from a patient's
-    record: it may be shown on a screen, written to a log or sent to the coordinator.
+    record: it may be shown on a screen or written to a site's own log.
+
+    Attributes:
+        told: the message without `where`, the file and row it is about: what a site may send to its coordinator.
     """
+
+    def __init__(self, text: str, where: str = "") -> None:
+        super().__init__(f"{where}: {text}" if where else text)
+        self.told = text

@@ -126,10 +126,14 @@ def to_arrays(tensors: Tensors) -> dict[str, Array]:
     return {name: Array(tensor) for name, tensor in tensors.items()}
 
 
+def text_of(message: Message) -> str:
+    """All of a message but its tensors, as JSON."""
+    return TypeAdapter(type(message)).dump_json(message, exclude={"tensors"}).decode()
+
+
 def to_records(message: Message, arrays: dict[str, Array] | None = None) -> RecordDict:
     """Pack a message into Flower records; `arrays` stand for its tensors where these were serialised already."""
-    text = TypeAdapter(type(message)).dump_json(message, exclude={"tensors"}).decode()
-    records = RecordDict({"message": ConfigRecord({"type": type(message).__name__, "json": text})})
+    records = RecordDict({"message": ConfigRecord({"type": type(message).__name__, "json": text_of(message)})})
     if isinstance(message, RoundRequest | RoundReply):
         records["tensors"] = ArrayRecord(to_arrays(message.tensors) if arrays is None else arrays)
     return records
@@ -146,6 +150,15 @@ def from_records(records: RecordDict, *expected: type[Expected]) -> Expected:
         tensors = {key: array.numpy() for key, array in records["tensors"].items()} if "tensors" in records else {}
     except Exception as error:  # whatever a damaged or hostile record makes Flower or numpy raise
         raise MmfmError(f"the message is damaged ({type(error).__name__}); nothing in it was used") from error
+    return parsed(name, text, tensors, *expected)
+
+
+def parsed(name: str, text: str, tensors: Tensors, *expected: type[Expected]) -> Expected:
+    """The message of a kind's name, its JSON text and its tensors, which must be of one of the `expected` kinds.
+
+    Raises:
+        MmfmError: it is no such message; the text names the field, not its content.
+    """
     kind = MESSAGES.get(name)
     if kind not in expected:
         raise MmfmError(f"expected {' or '.join(k.__name__ for k in expected)}, and another kind of message came")

@@ -45,9 +45,9 @@ def read_tensors(path: Path) -> Tensors:
     try:
         return load(path.read_bytes())
     except OSError as error:
-        raise MmfmError(f"{path}: cannot be read ({error.strerror})") from error
+        raise MmfmError(f"cannot be read ({error.strerror})", str(path)) from error
     except Exception as error:  # safetensors raises its own, undocumented types
-        raise MmfmError(f"{path}: is not a whole safetensors file; restore it or remove it") from error
+        raise MmfmError("is not a whole safetensors file; restore it or remove it", str(path)) from error
 
 
 @contextmanager
@@ -97,4 +97,4 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> MmfmError:
-    return MmfmError(f"{path}: cannot be written ({error.strerror}); make room or mend the permissions, then go on")
+    return MmfmError(f"cannot be written ({error.strerror}); make room or mend the permissions, then go on", str(path))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from client.app import site_directories
+from client.simulated import site_directories
 from mmfm_core.config.part import HeadConfig
 from mmfm_core.metrics.statistic import Statistic, bootstrap
 from mmfm_core.storage import write_json

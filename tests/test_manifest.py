@@ -314,8 +314,8 @@ FILE_IS_MISSING = (
         (
             [{"patient": CANARY}, {}, {"patient": CANARY, "split": "test"}],
             {},
-            4,
-            "this patient is in split 'test' here and 'train' in row 2; keep each patient in one split, or a model is "
+            "4 and row 2",
+            "this patient is in split 'test' here and in 'train' there; keep each patient in one split, or a model is "
             "tested on patients it has seen",
         ),
         ([{}, {"crp": CANARY}], {}, 3, "column 'crp' is not a number; mend it, or list it under 'missing'"),
@@ -339,7 +339,7 @@ FILE_IS_MISSING = (
     ],
 )
 def test_a_bad_cell_is_named_by_row_and_column(
-    tmp_path: Path, rows: list[Row], changes: dict[str, Any], line: int, said: str
+    tmp_path: Path, rows: list[Row], changes: dict[str, Any], line: int | str, said: str
 ) -> None:
     manifest = table(tmp_path, *rows)
     assert refused(site(manifest, **changes)) == f"{manifest}, row {line}: {said}"

@@ -185,7 +185,8 @@ def _targets(
             try:
                 decoded = head.decode(name, study, model, tokenizer)
             except MmfmError as error:
-                raise MmfmError(f"{site.manifest}, row {study.row}: the target of '{name}' {error}") from error
+                where = f"{site.manifest}, row {study.row}"
+                raise MmfmError(f"the target of '{name}' {error}", where) from error
             if isinstance(decoded, Repaired):
                 repairs[decoded.repair] += 1
                 decoded = decoded.target
@@ -208,7 +209,8 @@ def _images(
                     read_image(path, modality) if isinstance(modality, ImageModality) else read_volume(path, modality)
                 )
             except MmfmError as error:
-                raise MmfmError(f"{site.manifest}, row {study.row}: the image of '{name}' {error}") from error
+                where = f"{site.manifest}, row {study.row}"
+                raise MmfmError(f"the image of '{name}' {error}", where) from error
             images[row] = torch.from_numpy(pixels)
     if modality.normalize == "study":
         each = images.flatten(1)

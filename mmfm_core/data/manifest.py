@@ -71,8 +71,8 @@ def read_manifest(site: Site, model: Model) -> list[Study]:
             )
     if not studies:
         raise MmfmError(
-            f"{site.manifest}: site '{site.name}' has no study with any modality; "
-            "check 'modalities' and 'missing' in the site's file"
+            f"site '{site.name}' has no study with any modality; check 'modalities' and 'missing' in the site's file",
+            str(site.manifest),
         )
     return studies
 
@@ -91,8 +91,9 @@ def _splits(table: Table, site: Site) -> list[Split]:
         if first != split:
             raise table.error(
                 index,
-                f"this patient is in split '{split}' here and '{first}' in row {row}; keep each "
-                "patient in one split, or a model is tested on patients it has seen",
+                f"this patient is in split '{split}' here and in '{first}' there; keep each patient in one split, or "
+                "a model is tested on patients it has seen",
+                other=row,
             )
         splits.append(split)
     return splits

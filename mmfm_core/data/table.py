@@ -1,6 +1,6 @@
 """A manifest as a table of text cells: reading CSV, Parquet and JSON Lines, missing cells, renamed values.
 
-Error texts name the row and the column, never the value that stands there: they may leave the site.
+Errors name the row and the column, never the value that stands there; the column and the remedy may leave the site.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class Table:
         if frame.empty:
             lack = f"no row has '{site.name}' in column '{site.site}'" if site.site else "it has no rows"
             lack += ", or none that 'where' and 'share' leave" if site.where or (low, high) != (0.0, 1.0) else ""
-            raise MmfmError(f"{site.manifest}: site '{site.name}' is empty: {lack}")
+            raise MmfmError(f"site '{site.name}' is empty: {lack}", str(site.manifest))
         self._frame = frame
         self.patients = self._identifiers(site.patient, "patient")
         self.studies = self._identifiers(site.study, "study") if site.study else [str(row) for row in frame.index]
@@ -68,9 +68,10 @@ class Table:
         """The line of the manifest."""
         return int(self._frame.index[index])
 
-    def error(self, index: int, problem: str) -> MmfmError:
-        """An error about one row."""
-        return MmfmError(f"{self.site.manifest}, row {self.row(index)}: {problem}")
+    def error(self, index: int, problem: str, other: int | None = None) -> MmfmError:
+        """An error about one row, and the line of the other one that it clashes with."""
+        there = f" and row {other}" if other is not None else ""
+        return MmfmError(problem, f"{self.site.manifest}, row {self.row(index)}{there}")
 
     def cells(self, column: Column, field: str) -> list[str | None]:
         """A column's cells after `missing` and `values`; None is missing. `field` names the mapping in errors."""
@@ -136,8 +137,8 @@ class Table:
             # Not the whole header: where it was forgotten, the first patient stands in its place.
             hint = f"did you mean '{close[0]}'?" if close else "compare it with the manifest's header"
             raise MmfmError(
-                f"{self.site.manifest}: there is no column '{name}' (named by '{field}' of site "
-                f"'{self.site.name}'); {hint}"
+                f"there is no column '{name}' (named by '{field}' of site '{self.site.name}'); {hint}",
+                str(self.site.manifest),
             )
         return frame[name]
 
@@ -171,24 +172,23 @@ def read_frame(path: Path) -> pd.DataFrame:
     """
     read = READERS.get(path.suffix.lower())
     if read is None:
-        raise MmfmError(f"{path}: a manifest is one of {', '.join(READERS)}; convert it")
+        raise MmfmError(f"a manifest is one of {', '.join(READERS)}; convert it", str(path))
     try:
         frame = read(path)
     except MmfmError:
         raise
     except FileNotFoundError as error:
-        raise MmfmError(f"{path}: the manifest does not exist; check 'manifest' in the site's file") from error
+        raise MmfmError("the manifest does not exist; check 'manifest' in the site's file", str(path)) from error
     except Exception as error:  # pandas raises a dozen kinds for a damaged file
-        raise MmfmError(
-            f"{path}: cannot be read as {path.suffix[1:]} ({type(error).__name__}); export it again"
-        ) from error
+        problem = f"cannot be read as {path.suffix[1:]} ({type(error).__name__}); export it again"
+        raise MmfmError(problem, str(path)) from error
     return frame.map(_text)
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
     frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     if not isinstance(frame.index, pd.RangeIndex):  # pandas would shift the columns by what is too much
-        raise MmfmError(f"{path}: its rows have more cells than its header; put cells that hold commas in quotes")
+        raise MmfmError("its rows have more cells than its header; put cells that hold commas in quotes", str(path))
     return frame
 
 

@@ -12,7 +12,8 @@ from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.agent import Agent
-from client.app import Ask, relay, site_directories
+from client.relay import Ask, relay
+from client.simulated import site_directories
 from server.app import serve
 from server.record import Run
 
@@ -104,6 +105,6 @@ def simulate_with(run_directory: Path, agents: list[Agent]) -> None:
     for agent in agents:
         agent.participate(run.facts["federation"])
     asks: list[Ask] = [agent.answer for agent in agents]
-    grid = InProcessGrid(relay(lambda context: asks[int(context.node_config["partition-id"])]), len(agents))
+    grid = InProcessGrid(relay(lambda context, _: asks[int(context.node_config["partition-id"])]), len(agents))
     context = Context(run_id=grid.run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config={})
     serve(run_directory)(grid, context)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from client import gates
 from client.agent import Agent
-from client.app import site_directories
+from client.simulated import site_directories
 from mmfm_core.config import load_site
 from mmfm_core.config.model import Model
 from mmfm_core.config.rounds import rounds_of

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from client.app import SITES_VARIABLE, site_directories
+from client.simulated import SITES_VARIABLE, site_directories
 from mmfm_core.errors import MmfmError
 from server.programs import QUIET, begin, check_completed, programs, wait_for
 from server.record import Run
@@ -52,7 +52,7 @@ def main(run_directory: Path) -> None:
     import ray  # reads its environment when it is imported
     from flwr.simulation import run_simulation
 
-    from client.app import app
+    from client.simulated import app
     from server.app import serve
 
     ray.init(

@@ -7,7 +7,7 @@ import socket
 from contextlib import ExitStack
 from pathlib import Path
 
-from client.app import site_directories
+from client.simulated import site_directories
 from mmfm_core.storage import write_text
 from server.bundle import write_bundle, write_values
 from server.programs import begin, check_completed, over, programs, wait_for
