@@ -35,7 +35,7 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinato
     link, monitor = free_ports(2)
     made.mmfm("init", made.directory, "--name", "trial", "--address", f"127.0.0.1:{link}")
     settings = made.directory / "coordinator.yaml"
-    settings.write_text(re.sub(r'monitor: .*', f'monitor: "127.0.0.1:{monitor}"', settings.read_text()))
+    settings.write_text(re.sub(r"monitor: .*", f'monitor: "127.0.0.1:{monitor}"', settings.read_text()))
     made.mmfm("up", "--detach")
     yield made
     made.mmfm("down")
@@ -70,8 +70,11 @@ def test_from_nothing_to_a_run_that_equals_the_simulation(
     tmp_path: Path,
 ) -> None:
     document = tmp_path / "tiny.yaml"
-    document.write_text(Run.open(prepare_run(tmp_path / "reference", federation, sites)).directory.joinpath(
-        "federation.yaml").read_text())
+    document.write_text(
+        Run.open(prepare_run(tmp_path / "reference", federation, sites))
+        .directory.joinpath("federation.yaml")
+        .read_text()
+    )
     told = coordinator.mmfm("run", document)
     assert "round 3/3" in told
     assert (coordinator.directory / "runs" / "tiny" / "report.html").is_file()
