@@ -17,6 +17,7 @@ from mmfm_core.protocol import RoundReply, RoundRequest, SiteDescription, to_arr
 from mmfm_core.storage import Tensors
 from server.attendance import Attendance, problem_of
 from server.exchange import Answer, ask
+from server.patience import Patience
 from server.record import Run
 from server.sites import FEDERATION, check_figures, check_sites, one_class_sites
 from server.strategy import Strategy
@@ -46,6 +47,7 @@ class Coordinator:
         self.federation: Federation = run.federation
         self.document = sha256(self.federation)
         self.attendance = Attendance(grid, run, self.federation)
+        self.patience = Patience(self.federation.aggregation.deadline)
 
     def work(self) -> None:
         """All rounds that are left."""
@@ -107,9 +109,13 @@ class Coordinator:
             asked,
             lambda node: to_records(request, {name: arrays[name] for name in names[node]}),
             "train",
-            self.federation.aggregation.deadline,
+            self.patience.seconds,
         ):
             site = asked[answer.node]
+            if answer.message is None:
+                self.patience.silent(answer.node)
+            else:
+                self.patience.answered(answer.node, time.monotonic() - started)
             try:
                 reply = self._take(strategy, answer, site, this)
             except MmfmError as error:
