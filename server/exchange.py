@@ -12,6 +12,7 @@ from mmfm_core.protocol import Refusal, RoundReply, SiteDescription, from_record
 
 UNASKED = -1
 POLL_SECONDS = 0.2  # Flower's own send_and_receive looks every 3 s, and hands over nothing before the last reply
+LONGEST_POLL, POLL_SHARE = 2.0, 0.02  # each look is a request to the link and its database: fewer in long rounds
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ def ask(
                 yield _answer(node, reply)
         # What has arrived is taken, however late: in one process, a site only begins when the one before it is done.
         if not arrived:
-            if all(time.monotonic() - asked > seconds[node] for node in waiting.values()):
+            passed = time.monotonic() - asked
+            if all(passed > seconds[node] for node in waiting.values()):
                 break
-            time.sleep(POLL_SECONDS)
+            time.sleep(max(POLL_SECONDS, min(LONGEST_POLL, POLL_SHARE * passed)))
     for node in waiting.values():
         yield Answer(node, None, f"no answer within {seconds[node]:.3g} s")
 

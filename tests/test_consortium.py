@@ -1,15 +1,12 @@
 """`mmfm coordinator` with real processes on loopback, from nothing to a completed run; and what it refuses."""
 
-import json
 import re
-import stat
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hospital import Coordinator, Hospital, facts, free_ports, wait
+from hospital import Coordinator, Hospital, free_ports
 from tiny import prepare_run, tiny_federation, write_sites
 
 from mmfm_core.config import Federation, Site

@@ -14,7 +14,15 @@ FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT 
 ONLY_FLWR = Path("mmfm_core/protocol.py")
 
 # What may be loaded before a command or a relay knows that it needs to compute.
-LIGHT = ("mmfm_core", "mmfm_core.config", "mmfm_core.protocol", "mmfm_core.command", "client.app", "client.service", "server.commands")
+LIGHT = (
+    "mmfm_core",
+    "mmfm_core.config",
+    "mmfm_core.protocol",
+    "mmfm_core.command",
+    "client.app",
+    "client.service",
+    "server.commands",
+)
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -170,7 +170,9 @@ def test_work_beyond_the_sites_limit_is_refused_and_ends_the_agent(tmp_path: Pat
 def raw(socket: Path, chunks: list[bytes]) -> Answer:
     """What the agent answers to these very bytes."""
     with grpc.insecure_channel(f"unix:{socket}") as channel:
-        return wire.received(channel.stream_stream(METHOD)(iter(chunks), timeout=30), RoundReply, Refusal, SiteDescription)
+        return wire.received(
+            channel.stream_stream(METHOD)(iter(chunks), timeout=30), RoundReply, Refusal, SiteDescription
+        )
 
 
 def head(text: str) -> bytes:
@@ -282,5 +284,3 @@ def test_a_large_model_passes_in_chunks(tmp_path: Path) -> None:
         reply = ask(socket, RoundRequest(DOCUMENT, 1, model))
     assert isinstance(reply, RoundReply)
     assert (reply.tensors["w"] == model["w"]).all()
-
-

@@ -45,8 +45,13 @@ def begin(consortium: Consortium, federation_file: Path, directory: Path | None,
     with connect(consortium) as link:
         # Before anything is written: the link answers, and no ServerApp works on the run that is to be replaced.
         _check_idle(link.runs(), place)
-        if replace and Run(place).exists:
+        if Run(place).exists and replace:
             Run(place).delete()
+        elif Run(place).checkpoint() is not None:
+            raise MmfmError(
+                f"{place}: a run is already here; go on with 'mmfm coordinator resume {place.name}', start over with "
+                "--replace, or name another place with --run"
+            )
         run = Run.create(
             place,
             federation,

@@ -36,8 +36,11 @@ from server.record import read_lines
 
 SITES = {"north": MODALITIES, "south": ("note", "labs"), "east": ("scan", "note"), "west": ("scan", "labs")}
 PORT = 8443
-LONG = 1800.0
-DEADLINE = 60.0
+PACE = float(os.environ.get("MMFM_E2E_PACE", "1"))
+"""How many times slower this machine is than two idle cores: a round must end well before its deadline there."""
+
+LONG = 1800.0 * PACE
+DEADLINE = 60.0 * PACE
 
 
 @dataclass
@@ -142,7 +145,7 @@ def site_killed(world: World) -> None:
     """A site killed -9 mid-round, and back after 5 s and after 60 s."""
     for pause in (5, 60):
         name = f"killed-{pause}"
-        run, victim = world.run(name, rounds=6), world.hospitals[0]
+        run, victim = world.run(name, rounds=4), world.hospitals[0]
         wait(lambda run=run: world.round_reached(run, 1), LONG)
         victim.kill()
         time.sleep(pause)
@@ -195,7 +198,7 @@ def serverapp_killed(world: World) -> None:
 
 def network_cut(world: World) -> None:
     """The network of one site is cut for two minutes, then flaps for thirty seconds."""
-    run, victim = world.run("cut", rounds=10), world.hospitals[1]
+    run, victim = world.run("cut", rounds=8), world.hospitals[1]
     wait(lambda: world.round_reached(run, 1), LONG)
     world.network.cut(1)
     time.sleep(120)
@@ -234,7 +237,7 @@ def bad_line(world: World) -> None:
 
 def straggler(world: World) -> None:
     """A site's agent stands still for three rounds' deadlines, then goes on."""
-    run, slow = world.run("straggler", rounds=8, deadline=25.0), world.hospitals[3]
+    run, slow = world.run("straggler", rounds=7, deadline=25.0 * PACE), world.hospitals[3]
     wait(lambda: world.round_reached(run, 1), LONG)
     slow.kill(signal.SIGSTOP, only_agent=True)
     wait(lambda: world.round_reached(run, 4), LONG)
@@ -244,10 +247,10 @@ def straggler(world: World) -> None:
     absent = [number for number, names in took.items() if slow.name not in names]
     print(f"  {slow.name} was absent in rounds {absent}; seconds {np.round(seconds_of_rounds(run))}")
     assert len(absent) >= 2
-    assert slow.name in took[8], "it was not accepted again"
+    assert slow.name in took[7], "it was not accepted again"
     assert all(set(SITES) - {slow.name} <= names for names in took.values())
     assert any("no answer within" in text or "did not answer" in text for text in events(run, slow.name))
-    assert max(seconds_of_rounds(run)) < 45
+    assert max(seconds_of_rounds(run)) < 25 * PACE + 20
 
 
 def refused(world: World) -> None:
@@ -407,7 +410,7 @@ def disk_full(world: World) -> None:
 def endurance(world: World) -> None:
     """24 rounds, and in each a fault drawn by lot; every process's memory stays flat."""
     chance = random.Random(2)  # noqa: S311
-    run = world.run("endurance", rounds=24, deadline=40.0)
+    run = world.run("endurance", rounds=24, deadline=40.0 * PACE)
     memory: list[int] = []
     done = 0
     while facts(run)["status"] not in ("completed", "failed"):
