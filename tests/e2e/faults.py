@@ -457,6 +457,7 @@ SCENARIOS: list[Callable[[World], None]] = [
 
 def main(names: list[str]) -> int:
     """Run the scenarios, all of them where none is named; how many failed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left behind
     if os.geteuid() != 0:
         sys.exit("network namespaces need root: sudo make e2e")
     chosen = [each for each in SCENARIOS if not names or each.__name__ in names]
