@@ -11,7 +11,7 @@ import torch
 
 from client import gates
 from client.adaptation import choose
-from client.egress import EgressLog
+from client.egress import EGRESS, EgressLog
 from client.learning import PERSONAL, learn
 from client.loading import arrays, load
 from client.predictions import write_predictions
@@ -33,8 +33,6 @@ from mmfm_core.training.evaluation import metrics_of, predict, subsets
 from mmfm_core.training.steps import train
 
 log = logging.getLogger(__name__)
-
-EGRESS = "egress.sqlite"
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Agent:
         try:
             self.egress.append(answer, question)
         except MmfmError as error:
-            log.error("nothing leaves: %s", error)
+            log.critical("nothing leaves: %s", error)
             return Refusal(self.name, "this site cannot write down what leaves, so nothing does; its own log says why")
         return answer
 

@@ -18,6 +18,9 @@ from typing import Any
 from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import Describe, Refusal, RoundReply, RoundRequest, SiteDescription, text_of
 
+EGRESS = "egress.sqlite"
+"""Its name in a site's directory."""
+
 FIRST = "0" * 64
 BUSY_SECONDS = 30.0
 
@@ -60,10 +63,9 @@ class EgressLog:
 
     def head(self) -> tuple[int, str]:
         """The number and hash of the last entry; a site notes them elsewhere to be able to see a cut tail."""
-        number, head = 0, FIRST
         for number, _, head in self._rows("number DESC LIMIT 1"):
-            pass
-        return number, head
+            return number, head
+        return 0, FIRST
 
     def verify(self, noted: str | None = None) -> tuple[int, str]:
         """Check the whole chain; returns the head's number and hash.
@@ -78,7 +80,9 @@ class EgressLog:
         for expected, (number, text, stated) in enumerate(self._rows(), start=1):
             head = _hash(head, text)
             if number != expected:
-                raise MmfmError(f"entry {expected} was removed or moved: entry {number} stands in its place", self._name)
+                raise MmfmError(
+                    f"entry {expected} was removed or moved: entry {number} stands in its place", self._name
+                )
             if head != stated:
                 raise MmfmError(
                     f"entry {number} is not what was written: it or the one before it was changed, moved or removed",
@@ -86,7 +90,9 @@ class EgressLog:
                 )
             count, found = number, found or head == noted
         if not found:
-            raise MmfmError(f"the head {noted} that was noted is not in it: its end was cut off, or rewritten", self._name)
+            raise MmfmError(
+                f"the head {noted} that was noted is not in it: its end was cut off, or rewritten", self._name
+            )
         return count, head
 
     @property
@@ -110,7 +116,9 @@ class EgressLog:
             raise MmfmError(f"is damaged or cannot be read ({error}); restore it from a backup", self._name) from error
 
 
-def entry_of(answer: SiteDescription | RoundReply | Refusal, question: Describe | RoundRequest | None) -> dict[str, Any]:
+def entry_of(
+    answer: SiteDescription | RoundReply | Refusal, question: Describe | RoundRequest | None
+) -> dict[str, Any]:
     """What is written about an answer: names, shapes, sizes and hashes of all that left, and no value of a patient."""
     entry: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -123,7 +131,9 @@ def entry_of(answer: SiteDescription | RoundReply | Refusal, question: Describe 
         return entry | {"reason": answer.reason}
     if isinstance(answer, SiteDescription):
         told = asdict(answer)
-        return entry | {"counts": {name: told[name] for name in ("studies", "patients", "modalities", "targets", "tasks")}}
+        return entry | {
+            "counts": {name: told[name] for name in ("studies", "patients", "modalities", "targets", "tasks")}
+        }
     tensors = [
         {
             "name": name,

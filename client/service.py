@@ -90,7 +90,9 @@ class Service:
             try:
                 answer = work.result(self._seconds)
             except TimeoutError:
-                log.error("took longer than limits.seconds, %g s; this agent ends and must be started anew", self._seconds)
+                log.critical(
+                    "took longer than limits.seconds, %g s; this agent ends and must be started anew", self._seconds
+                )
                 self.overdue.set()
                 return self._agent.refuse(
                     f"the request took longer than the {self._seconds:g} s that this site allows (limits.seconds)"
@@ -139,8 +141,10 @@ def serving(socket: Path, service: Service) -> Iterator[None]:
 @contextmanager
 def _held(socket: Path) -> Iterator[None]:
     """The place of a socket, made ready and held for this process."""
-    if len(os.fsencode(socket.absolute())) > LONGEST_PATH:
-        raise MmfmError(f"a socket's path has at most {LONGEST_PATH} bytes; name a shorter one with --socket", str(socket))
+    if len(os.fsencode(socket)) > LONGEST_PATH:
+        raise MmfmError(
+            f"a socket's path has at most {LONGEST_PATH} bytes; name a shorter one with --socket", str(socket)
+        )
     socket.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     if socket.parent.stat().st_mode & stat.S_IWOTH:
         raise MmfmError("anybody may write to this folder, and so replace the socket; name another", str(socket.parent))

@@ -14,7 +14,7 @@ INTERRUPTED = 130
 
 
 def build() -> typer.Typer:
-    """Gather every command declared under the entry-point group `mmfm.commands`."""
+    """Gather every command and group of commands declared under the entry-point group `mmfm.commands`."""
     app = typer.Typer(
         name="mmfm",
         help="Train medical multimodal models across hospitals that never share their data.",
@@ -23,11 +23,11 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for entry in sorted(entry_points(group="mmfm.commands"), key=lambda e: e.name):
-        loaded = entry.load()
-        if isinstance(loaded, typer.Typer):  # a group of commands
-            app.add_typer(loaded, name=entry.name)
+        command = entry.load()
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
         else:
-            app.command(entry.name)(loaded)
+            app.command(entry.name)(command)
     app.callback()(lambda: None)  # keeps sub-commands even where a package brings only one
     return app
 

@@ -100,7 +100,7 @@ TAMPERED = {
     "changed": ("UPDATE egress SET entry = replace(entry, '\"round\": 2', '\"round\": 3') WHERE number = 3", "entry 3"),
     "first changed": ("UPDATE egress SET entry = '{}' WHERE number = 1", "entry 1"),
     "last changed": ("UPDATE egress SET entry = '{}' WHERE number = 6", "entry 6"),
-    "hash changed": (f"UPDATE egress SET hash = '{FIRST}' WHERE number = 4", "entry 4"),
+    "hash changed": ("UPDATE egress SET hash = entry WHERE number = 4", "entry 4"),
     "removed": ("DELETE FROM egress WHERE number = 3", "entry 3 was removed"),
     "first removed": ("DELETE FROM egress WHERE number = 1", "entry 1 was removed"),
     "removed, numbers closed": (

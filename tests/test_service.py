@@ -193,7 +193,7 @@ GARBAGE: dict[str, tuple[list[bytes], str]] = {
     "a wrong type": ([head(DECLARED % '{"name": "w", "dtype": "quux", "shape": [1]}')], "damaged"),
     "a negative size": ([head(DECLARED % '{"name": "w", "dtype": "<f4", "shape": [-1]}')], "malformed"),
     "too large": ([head(DECLARED % '{"name": "w", "dtype": "<f4", "shape": [99999999999]}')], "larger than"),
-    "impossibly large": ([head(DECLARED % ('{"name": "w", "dtype": "<f4", "shape": [0, %d]}' % 10**30))], "too large"),
+    "impossible": ([head(DECLARED % f'{{"name": "w", "dtype": "<f4", "shape": [0, {10**30}]}}')], "too large"),
     "twice": ([head(DECLARED % ", ".join(['{"name": "w", "dtype": "<f4", "shape": [0]}'] * 2))], "twice"),
     "too short": ([head(DECLARED % '{"name": "w", "dtype": "<f4", "shape": [2]}'), b"1234567"], "ends before"),
     "too long": ([head(DECLARED % '{"name": "w", "dtype": "<f4", "shape": [2]}'), b"123456789"], "more bytes than"),

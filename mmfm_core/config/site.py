@@ -4,7 +4,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mmfm_core.config.strict import Cell, Name, Strict
 
@@ -114,6 +123,18 @@ class Release(Strict):
         return self.min_count * math.ceil(exact / self.min_count)
 
 
+class Limits(Strict):
+    """What a request may take of a site's machine; one that takes more is refused.
+
+    Attributes:
+        memory: GB (10^9 bytes) of the agent's process.
+        seconds: from a request's arrival to its answer.
+    """
+
+    memory: PositiveFloat | None = None
+    seconds: PositiveFloat | None = None
+
+
 class Site(Strict):
     """One hospital. It says where its data is and what it holds; it can only tighten what the federation asks.
 
@@ -124,6 +145,7 @@ class Site(Strict):
             which a hash of the identifier puts each patient. To cut one data set into several sites in a simulation.
         labelled: the share of training patients whose targets are used, by a hash too; to study scarce labels.
         release: how counts leave; the default is for real patients, and public data may say `{min_count: 1}`.
+        limits: what a request may take of the machine; nothing is limited by default.
         missing: cells that mean 'missing', in addition to `mmfm_core.config.strict.MISSING_CELLS`.
     """
 
@@ -139,6 +161,7 @@ class Site(Strict):
     modalities: dict[Name, Mapping] = Field(min_length=1)
     targets: dict[Name, Mapping] = {}
     release: Release = Release()
+    limits: Limits = Limits()
     missing: tuple[Cell, ...] = ()
     missing_files: Literal["error", "absent"] = "error"
 

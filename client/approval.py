@@ -1,0 +1,163 @@
+"""`mmfm site approve`: what a document would do here, in words for the person who answers for the patients."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from client import gates
+from client.agent import controls_of
+from client.loading import arrays
+from client.place import Place
+from mmfm_core.artifacts import collect
+from mmfm_core.config import Federation, Site, load_federation
+from mmfm_core.config.loading import sha256
+from mmfm_core.config.rounds import rounds_of
+from mmfm_core.errors import MmfmError
+from mmfm_core.models.model import MultimodalModel
+from mmfm_core.models.parameters import block_of, fates_of, held, matches
+from mmfm_core.storage import Tensors
+
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A document that a site is asked to approve.
+
+    Attributes:
+        state: of the model that this site would build, by what `site.yaml` maps.
+        document: its hash, which is what is approved.
+    """
+
+    federation: Federation
+    source: Path
+    site: Site
+    state: Tensors
+    document: str
+
+
+def propose(place: Place, source: Path) -> Proposal:
+    """Read a document and build what this site would hold of its model; nothing is written.
+
+    Raises:
+        MmfmError: the document or the site's file is wrong, a pinned file is missing, or the site has nothing of it.
+    """
+    site, federation = place.site(), load_federation(source)
+    modalities = [name for name in federation.model.modalities if name in site.modalities]
+    if not modalities:
+        known = ", ".join(federation.model.modalities)
+        raise MmfmError(
+            f"modalities: this site maps none of those that the federation has ({known}); map those it holds",
+            str(place.directory / "site.yaml"),
+        )
+    with TemporaryDirectory() as folder:
+        collect(federation.model, source.parent, Path(folder))
+        targets = [name for name in federation.model.heads if name in site.targets]
+        model = MultimodalModel(federation.model, modalities, targets, federation.seed, Path(folder))
+    return Proposal(federation, source, site, arrays(model), sha256(federation))
+
+
+def approve(place: Place, proposal: Proposal) -> None:
+    """Agree: from now on the agent answers to the document's hash."""
+    collect(proposal.federation.model, proposal.source.parent, place.directory / "artifacts")
+    gates.approve(place.directory / "approved", proposal.federation)
+
+
+def revoke(place: Place, document: str) -> str:
+    """Withdraw an approval, by its hash or the beginning of it; the agent refuses it from the next message on.
+
+    Raises:
+        MmfmError: none or several begin so.
+    """
+    folder = place.directory / "approved"
+    found = [path for path in sorted(folder.glob("*.yaml")) if document and path.stem.startswith(document)]
+    if len(found) != 1:
+        what = f"{len(found)} approved documents begin so" if found else "no approved document begins so"
+        raise MmfmError(f"'{document}': {what}; `mmfm site status` lists them", str(folder))
+    found[0].unlink()
+    return found[0].stem
+
+
+def sentences(proposal: Proposal) -> Iterator[str]:
+    """What would run, be read, leave and stay, a paragraph each."""
+    federation, site = proposal.federation, proposal.site
+    model, least = federation.model, site.release.min_count
+    yield f"'{federation.name}', document sha256 {proposal.document}"
+    yield (
+        f"RUNS: mmfm {version('mmfm')} as it is installed here, and no code of the coordinator's. The document names "
+        "parts of closed lists; the agent has no network, and answers to this hash alone."
+    )
+    reads = ", ".join(name for name in model.modalities if name in site.modalities)
+    labels = ", ".join(name for name in model.heads if name in site.targets) or "none"
+    yield f"READS: of {site.manifest}, the modalities {reads}, and labels of {labels}."
+    yield _leaving(proposal)
+    yield _figures(federation, least)
+    yield (
+        "LEAVES, when the coordinator asks who is here: counts of studies, patients and labels by split, rounded up to "
+        f"multiples of {least}. And refusals, with a reason that names no patient, file or row."
+    )
+    stays = ["images", "texts", "rows", "identifiers", "predictions"]
+    local = _by_block(held(fates_of(federation, proposal.state), "local"))
+    stays += [f"the model's {block} ({count} tensors)" for block, count in local.items()]
+    stays += ["what is adapted here"] * any(not stage.federated for stage in federation.stages)
+    yield f"NEVER LEAVES: {', '.join(stays)}."
+    yield protection(federation)
+
+
+def protection(federation: Federation) -> str:
+    """How patients are protected in what leaves."""
+    privacy = federation.model_dump(mode="json").get("privacy")
+    if not privacy:
+        return (
+            "PRIVACY: without differential privacy: what leaves is trained on patients and can carry traces of single "
+            "ones, which a determined coordinator could look for. Approve it where you trust the coordinator with that."
+        )
+    terms = ", ".join(f"{name} {value}" for name, value in privacy.items() if not isinstance(value, dict | list))
+    return (
+        f"PRIVACY: differential privacy ({terms}). Before each round this site's own ledger charges every patient for "
+        "it, and refuses a round that would exceed epsilon. Figures and counts are not covered by it."
+    )
+
+
+def _leaving(proposal: Proposal) -> str:
+    federation, state = proposal.federation, proposal.state
+    shared = {name: state[name] for name in held(fates_of(federation, state), "shared")}
+    rounds: list[Tensors] = []
+    for this in rounds_of(federation):
+        if this.stage and this.returns_tensors:
+            leaving = {name: tensor for name, tensor in shared.items() if matches(name, this.stage.train)}
+            rounds.append(leaving | controls_of(federation, this, leaving))
+    if not rounds:
+        return "LEAVES: no tensor; every stage trains at this site alone."
+    most, total = max(rounds, key=_bytes), sum(_bytes(leaving) for leaving in rounds)
+    each = [
+        f"{block} ({count} tensors, {_bytes({n: t for n, t in most.items() if block_of(n) == block}) / MB:.3f} MB)"
+        for block, count in _by_block(most).items()
+    ]
+    return (
+        f"LEAVES, in each of {len(rounds)} rounds: the trained parameters of {', '.join(each)}; "
+        f"{_bytes(most) / MB:.3f} MB a round at most, {total / MB:.3f} MB in all, unless a round is repeated. With "
+        "them, how many training studies stand behind each of these blocks, rounded up to multiples of "
+        f"{proposal.site.release.min_count}, and the mean training loss."
+    )
+
+
+def _figures(federation: Federation, least: int) -> str:
+    heads = [f"{', '.join(federation.metrics_of(name))} of '{name}'" for name in federation.model.heads]
+    subsets = any(evaluation.subsets for evaluation in federation.evaluation.values())
+    return (
+        f"LEAVES, in each of {len(rounds_of(federation))} rounds: figures measured on this site's own validation "
+        f"patients (and at the end its test patients{', with every subset of modalities' if subsets else ''}): "
+        f"{'; '.join(heads) or 'none'}. They are exact, and none is told over fewer than {least} studies."
+    )
+
+
+def _by_block(names: Iterable[str]) -> Counter[str]:
+    return Counter(block_of(name) for name in names)
+
+
+def _bytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,42 @@
+"""The agent's process: it opens the site's directory and serves at the socket until it is told to end."""
+
+import logging
+import os
+import signal
+import threading
+
+from client import limits, logs
+from client.place import Place
+from client.service import Service, serving
+
+OVERDUE = 75  # the exit code of a request that took too long: a temporary failure, start again
+POLL_SECONDS = 0.2
+
+log = logging.getLogger(__name__)
+
+
+def serve(place: Place) -> None:
+    """Serve, and do not return: SIGTERM and Ctrl-C end the process at once, since all it writes is whole or absent.
+
+    Raises:
+        MmfmError: the site's file, its directory or the socket cannot be used.
+    """
+    os.umask(0o077)
+    site = place.site()
+    logs.start(site.name)
+    from client.agent import Agent  # torch
+
+    agent = Agent.open(place.directory)
+    limits.hold(site.limits, place.directory / "site.yaml")
+    service = Service(agent, site.limits.seconds, limits.largest_message(site.limits))
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with serving(place.socket, service):
+        log.info("the agent listens at %s", place.socket)
+        while not stop.wait(POLL_SECONDS) and not service.overdue.is_set():
+            pass
+    log.info("the agent ends")
+    logging.shutdown()
+    # A plain exit would wait for the work that is going on.
+    os._exit(OVERDUE if service.overdue.is_set() else 0)
