@@ -9,33 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.gates import approve
 from mmfm_core.config import Federation, Site
 from mmfm_core.config.loading import dump
-from mmfm_core.enrolment import Enrolment, Request, read, write
+from mmfm_core.enrolment import Enrolment, read, write
 from mmfm_core.storage import write_text
 from server.programs import environment
 
 BIN = Path(sys.executable).parent
 PATIENCE = 240.0  # seconds; for what takes a few
-RESTART_SECONDS = 3
-
-AGENT = """
-import signal, sys
-from pathlib import Path
-from client.agent import Agent
-from client.service import Service, serving
-with serving(Path(sys.argv[2]), Service(Agent.open(Path(sys.argv[1])))):
-    print("ready", flush=True)
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
-"""
 
 
 class Coordinator:
@@ -70,6 +55,7 @@ class Coordinator:
     def enrol(self, hospital: "Hospital", *more: str) -> None:
         """Exchange the two files."""
         self.mmfm("enrol", hospital.request, "--out", hospital.enrolment, *more)
+        hospital.mmfm("join", hospital.enrolment)
 
     def processes(self) -> list[int]:
         """All living processes of the coordinator."""
@@ -87,81 +73,71 @@ class Coordinator:
 
 
 class Hospital:
-    """A site: an agent that stays, and a Flower node that is started again whenever it ends, as systemd would."""
+    """A site: `mmfm site` in a directory, with its agent and its relay as a trial runs them."""
 
-    def __init__(self, folder: Path, site: Site, port: int, inside: Sequence[str] = ()) -> None:
-        self.name, self.folder, self._port, self._inside = site.name, folder / site.name, port, tuple(inside)
-        self.request, self.enrolment = self.folder / "request.json", self.folder / "enrolment.json"
-        self._agent: subprocess.Popen[bytes] | None = None
-        self._node: subprocess.Popen[bytes] | None = None
-        write_text(self.folder / "site.yaml", dump(site))
-        self.make_key()
+    def __init__(self, folder: Path, site: Site, inside: Sequence[str] = ()) -> None:
+        self.name, self.site, self.folder, self._inside = site.name, site, folder / site.name, tuple(inside)
+        self.request, self.enrolment = self.folder / "request.json", folder / f"{site.name}.enrolment.json"
+        self.begin()
 
-    def make_key(self) -> None:
+    def begin(self) -> None:
         """A new key and a new request."""
-        key = ec.generate_private_key(ec.SECP384R1())
-        write_text(
-            self.folder / "node.key",
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-            ).decode(),
+        told = self.mmfm("init", self.folder, "--name", self.name)
+        self.request = Path(told.removeprefix("Request: ").split("; send it")[0])
+        write_text(self.folder / "site.yaml", dump(self.site))
+
+    def mmfm(self, *arguments: str | Path, check: bool = True) -> str:
+        """The output of `mmfm site ...`, errors included."""
+        ran = subprocess.run(
+            [*self._inside, BIN / "mmfm", "site", *arguments],
+            check=False,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"MMFM_SITE": str(self.folder), "OMP_NUM_THREADS": "1"},
+            timeout=PATIENCE,
         )
-        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        versions = {name: version(name) for name in ("mmfm", "flwr")}
-        write(self.request, Request(site=self.name, public_key=public.decode(), versions=versions))
+        assert not check or ran.returncode == 0, ran.stdout
+        return ran.stdout
 
     def approve(self, federation: Federation) -> None:
-        """Let the agent answer a document."""
+        """Let the agent answer a document; the command that people use takes longer, as it tells them what it does."""
         approve(self.folder / "approved", federation)
 
     def start(self) -> None:
-        """Start whichever of the two does not run."""
-        if self._agent is None or self._agent.poll() is not None:
-            command = [BIN / "python", "-c", AGENT, self.folder, self.folder / "agent.sock"]
-            self._agent = self._run("agent", command)
-        if self._node is None or self._node.poll() is not None:
-            joined = read(self.enrolment, Enrolment)
-            write_text(self.folder / "ca.crt", joined.authority)
-            self._node = self.start_node(joined.address, self.folder / "ca.crt", "node")
+        """`mmfm site run`, which keeps both processes running; restarted by nobody, should it be killed itself."""
+        self.run("run", [BIN / "mmfm", "site", "run"])
 
-    def start_node(self, address: str, authority: Path | None, log: str) -> subprocess.Popen[bytes]:
-        """A Flower node that dials `address` and trusts `authority` (None: without TLS)."""
-        write_text(self.folder / "node.toml", f'agent-socket = "{self.folder / "agent.sock"}"\n')
-        trust = ["--insecure"] if authority is None else ["--root-certificates", authority]
-        command = [
-            *(BIN / "flower-supernode", "--superlink", address, *trust),
-            *("--auth-supernode-private-key", self.folder / "node.key") * (authority is not None),
-            *("--host", "127.0.0.1", "--port", str(self._port), "--node-config", self.folder / "node.toml"),
-        ]
-        again = f'while :; do "$@"; echo "ended with $?"; sleep {RESTART_SECONDS}; done'
-        return self._run(log, ["bash", "-c", again, "bash", *command])
+    def dial(self, address: str) -> None:
+        """Let the relay connect somewhere else than the enrolment says."""
+        path = self.folder / "relay" / "enrolment.json"
+        write(path, read(path, Enrolment).model_copy(update={"address": address}))
 
-    def log(self, name: str) -> str:
+    def log(self, name: str = "run") -> str:
         """What a program of it wrote."""
         path = self.folder / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def processes(self) -> list[int]:
-        """All living processes of the hospital."""
-        return marked(f"MMFM_HOSPITAL={self.folder}")
+    def processes(self, words: str = "") -> list[int]:
+        """All living processes of the hospital whose command line holds `words`."""
+        found = []
+        for pid in marked(f"MMFM_HOSPITAL={self.folder}"):
+            with suppress(OSError):
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if words in line:
+                    found.append(pid)
+        return found
 
-    def kill(self, number: int = signal.SIGKILL, *, only_agent: bool = False) -> None:
-        """Signal everything of it at once, or its agent alone."""
-        if only_agent:
-            assert self._agent
-            os.kill(self._agent.pid, number)
-            return
-        for pid in self.processes():
+    def kill(self, number: int = signal.SIGKILL, words: str = "") -> None:
+        """Signal everything of it at once, or what has `words` in its command line."""
+        for pid in self.processes(words):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
-        if number == signal.SIGKILL:
-            for each in (self._agent, self._node):
-                if each:
-                    each.wait()
+        if number == signal.SIGKILL and not words:
             wait(lambda: not self.processes())
 
-    def _run(self, log: str, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
-        variables = environment(self.folder / "flower") | {"MMFM_HOSPITAL": str(self.folder)}
+    def run(self, log: str, command: Sequence[str | Path]) -> "subprocess.Popen[bytes]":
+        """Start a program of it."""
         with (self.folder / f"{log}.log").open("ab") as output:
             return subprocess.Popen(
                 [*self._inside, *map(str, command)],
@@ -169,7 +145,8 @@ class Hospital:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
-                env=variables,
+                env=environment(self.folder / "flower")
+                | {"MMFM_HOSPITAL": str(self.folder), "MMFM_SITE": str(self.folder)},
                 start_new_session=True,
             )
 

@@ -44,9 +44,8 @@ def hospitals(
     tmp_path_factory: pytest.TempPathFactory, sites: dict[str, Site], federation: Federation, coordinator: Coordinator
 ) -> Iterator[list[Hospital]]:
     """Two sites that are enrolled and run."""
-    ports = free_ports(len(sites))
     folder = tmp_path_factory.mktemp("sites")
-    made = [Hospital(folder, site, port) for site, port in zip(sites.values(), ports, strict=True)]
+    made = [Hospital(folder, site) for site in sites.values()]
     try:
         for each in made:
             each.approve(federation)

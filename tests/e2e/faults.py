@@ -7,7 +7,6 @@ where something does not hold. Every scenario is a run of its own, of a document
 import os
 import random
 import signal
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 from e2e.network import COORDINATOR, Network
-from hospital import Coordinator, Hospital, facts, wait
+from hospital import BIN, Coordinator, Hospital, facts, wait
 from tiny import MODALITIES, prepare_run, tiny_federation, write_sites
 
 from mmfm_core.config import Federation, Site
@@ -36,6 +35,7 @@ from server.record import read_lines
 
 SITES = {"north": MODALITIES, "south": ("note", "labs"), "east": ("scan", "note"), "west": ("scan", "labs")}
 PORT = 8443
+AGENT = "site run --agent-only"
 PACE = float(os.environ.get("MMFM_E2E_PACE", "1"))
 """How many times slower this machine is than two idle cores: a round must end well before its deadline there."""
 
@@ -223,7 +223,7 @@ def bad_line(world: World) -> None:
     victim = world.hospitals[2]
     with world.network.bad_line(2, PORT, delay=0.2, loss=0.01) as address:
         victim.kill()
-        victim.start_node(address, victim.folder / "ca.crt", "node")
+        victim.dial(address)
         victim.start()
         world.everyone_is_online()
         run = world.run("line", rounds=4)
@@ -232,6 +232,7 @@ def bad_line(world: World) -> None:
         print(f"  {victim.name} took part in {sum(victim.name in names for names in took.values())} of 4 rounds")
         assert all(set(SITES) - {victim.name} <= names for names in took.values())
         victim.kill()
+    victim.dial(f"{COORDINATOR}:{PORT}")
     victim.start()
 
 
@@ -239,9 +240,9 @@ def straggler(world: World) -> None:
     """A site's agent stands still for three rounds' deadlines, then goes on."""
     run, slow = world.run("straggler", rounds=7, deadline=25.0 * PACE), world.hospitals[3]
     wait(lambda: world.round_reached(run, 1), LONG)
-    slow.kill(signal.SIGSTOP, only_agent=True)
+    slow.kill(signal.SIGSTOP, AGENT)
     wait(lambda: world.round_reached(run, 4), LONG)
-    slow.kill(signal.SIGCONT, only_agent=True)
+    slow.kill(signal.SIGCONT, AGENT)
     world.completed(run)
     took = sites_of_round(run)
     absent = [number for number, names in took.items() if slow.name not in names]
@@ -255,38 +256,29 @@ def straggler(world: World) -> None:
 
 def refused(world: World) -> None:
     """Unknown key, revoked site, wrong CA, expired certificate, plain text, control endpoints, unapproved document."""
+    address, trusted = f"{COORDINATOR}:{PORT}", world.hospitals[0].folder / "relay" / "ca.crt"
     stranger = Hospital(
         world.folder / "strangers",
         world.sites["north"].model_copy(update={"name": "stranger"}),
-        9094,
         world.network.inside(0),
     )
-    trusted = world.hospitals[0].folder / "ca.crt"
-    address = f"{COORDINATOR}:{PORT}"
-
-    def dials(what: str, address: str, authority: Path | None, sign: str) -> None:
-        stranger.start_node(address, authority, what)
-        wait(
-            lambda: sign in stranger.log(what) and "ended with" in stranger.log(what),
-            120,
-            f"{what}: {stranger.log(what)}",
-        )
-        stranger.kill()
-        told = next(line for line in stranger.log(what).splitlines() if sign in line)
-        print(f"  {what}: {told.strip()[:110]}")
-
-    dials("unknown key", address, trusted, "ctivat")
     other = world.folder / "other"
     certificates.make_authority("other", other / "ca.key", other / "ca.crt")
-    for what, authority in (("wrong CA", other / "ca.crt"), ("plain text", None)):
-        stranger.start_node(address, authority, what)
-        time.sleep(20)
+    for what, trust in (
+        ("unknown key", ["--root-certificates", trusted]),
+        ("wrong CA", ["--root-certificates", other / "ca.crt"]),
+        ("plain text", ["--insecure"]),
+    ):
+        key = ["--auth-supernode-private-key", stranger.folder / "relay" / "node.key"] if what != "plain text" else []
+        node = ["--superlink", address, *trust, *key, "--max-retries", "2", "--port", "9099"]
+        began = stranger.run(what, [BIN / "flower-supernode", *node])
+        with suppress(subprocess.TimeoutExpired):
+            began.wait(60 * PACE)
         stranger.kill()
+        assert began.returncode not in (None, 0), stranger.log(what)
         assert "SuperNode ID" not in stranger.log(what), stranger.log(what)
-        print(f"  {what}: not connected: {stranger.log(what).strip().splitlines()[-1][:100]}")
+        print(f"  {what}: {' '.join(stranger.log(what).split())[-140:]}")
 
-    context = ssl.create_default_context(cafile=str(trusted))
-    assert context.cert_store_stats()["x509_ca"] == 1
     for path in (
         "/v1/control/list-runs",
         "/v1/control/start-run",
@@ -343,14 +335,15 @@ def refused(world: World) -> None:
     world.completed(run)
     assert all(names == set(SITES) - {revoked.name} for names in sites_of_round(run).values())
     revoked.kill()
+    size = len(revoked.log())
     revoked.start()
-    wait(
-        lambda: "ended with" in revoked.log("node").rpartition("SuperNode ID")[2], 120, "a revoked site stays connected"
-    )
+    wait(lambda: "relay ended with code" in revoked.log()[size:], 120 * PACE, "a revoked site stays connected")
     told = world.coordinator.mmfm("enrol", revoked.request, "--out", revoked.enrolment, check=False)
     assert "was revoked" in told, told
     revoked.kill()
-    revoked.make_key()
+    (revoked.folder / "relay").rename(revoked.folder / "old-relay")
+    (revoked.folder / "site.yaml").unlink()
+    revoked.begin()
     world.coordinator.enrol(revoked)
     revoked.start()
     world.everyone_is_online()
@@ -421,8 +414,7 @@ def endurance(world: World) -> None:
             hospital = world.hospitals[victim]
             print(f"  round {done}: {fault} at {hospital.name}; coordinator {memory[-1]} MB", flush=True)
             if fault == "agent":
-                hospital.kill(only_agent=True)
-                hospital.start()
+                hospital.kill(words=AGENT)
             elif fault == "site":
                 hospital.kill()
                 hospital.start()
@@ -431,9 +423,9 @@ def endurance(world: World) -> None:
                 time.sleep(5)
                 world.network.join(victim)
             elif fault == "pause":
-                hospital.kill(signal.SIGSTOP, only_agent=True)
+                hospital.kill(signal.SIGSTOP, AGENT)
                 time.sleep(8)
-                hospital.kill(signal.SIGCONT, only_agent=True)
+                hospital.kill(signal.SIGCONT, AGENT)
         time.sleep(0.5)
     world.completed(run)
     sites_of_round(run)
@@ -460,7 +452,10 @@ def main(names: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left behind
     if os.geteuid() != 0:
         sys.exit("network namespaces need root: sudo make e2e")
-    chosen = [each for each in SCENARIOS if not names or each.__name__ in names]
+    known = {each.__name__: each for each in SCENARIOS}
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"no scenario is called '{unknown[0]}'; known: {', '.join(known)}")
+    chosen = [known[name] for name in names or known]
     folder = Path(tempfile.mkdtemp(prefix="e2e-"))
     network = Network(len(SITES))
     print(f"Everything is in {folder}", flush=True)
@@ -474,7 +469,7 @@ def main(names: list[str]) -> int:
         coordinator.mmfm("init", coordinator.directory, "--name", "trial", "--address", f"{COORDINATOR}:{PORT}")
         coordinator.mmfm("up", "--detach")
         for number, site in enumerate(sites.values()):
-            hospitals.append(Hospital(folder / "sites", site, 9095 + number, network.inside(number)))
+            hospitals.append(Hospital(folder / "sites", site, network.inside(number)))
             coordinator.enrol(hospitals[-1])
             hospitals[-1].start()
         world = World(folder, network, coordinator, hospitals, sites, began)
