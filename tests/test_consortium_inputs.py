@@ -241,13 +241,20 @@ def test_a_site_is_enrolled_once_and_its_key_locked_out_for_good(
     assert (list(link.registered), link.gone) == ([1], [])
     with pytest.raises(MmfmError, match="this key is in use by site 'north'"):
         enrol(consortium, request_of(tmp_path, "south", key))
-    enrol(consortium, request_of(tmp_path, "north"), replace=True)
+    request = request_of(tmp_path, "north")
+    enrol(consortium, request, replace=True)
     assert (list(link.registered), link.gone) == ([1, 2], [1])
     with pytest.raises(MmfmError, match="this key was revoked"):
-        enrol(consortium, request_of(tmp_path, "north", key), replace=True)
+        enrol(consortium, request_of(tmp_path / "old", "north", key), replace=True)
+
+    link.registered.clear()  # the link's database was lost
+    enrol(consortium, request, replace=True)
+    assert list(link.registered) == [1]
+    assert enrolling.registry_of(consortium).sites() == {1: "north"}
+    link.gone.clear()
 
     enrolling.revoke(consortium, "north")
-    assert link.gone == [1, 2]
+    assert link.gone == [1]
     assert not enrolling.registry_of(consortium).active()
     with pytest.raises(MmfmError, match="'north' is not enrolled; enrolled are: none"):
         enrolling.revoke(consortium, "north")

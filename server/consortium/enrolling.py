@@ -50,11 +50,12 @@ def enrol(consortium: Consortium, request_file: Path, out: Path, *, replace: boo
             f"{request_file}: public_key: this key {state}, and a key is registered only once; the site makes "
             "another with 'mmfm site init'"
         )
-    if former is None or former.public_key != public_key:
-        with connect(consortium) as link:
+    with connect(consortium) as link:
+        # The same key again is only a new file, unless the link's database was lost and does not know it any more.
+        if former is None or former.public_key != public_key or former.node not in link.nodes():
             node = link.register(request.site, key)
             registry.add(Registration(request.site, node, public_key, time.time()))
-            if former:
+            if former and former.public_key != public_key:
                 link.unregister(former.node)
     enrolment = Enrolment(
         consortium=consortium.settings.name,

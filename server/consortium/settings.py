@@ -112,7 +112,7 @@ class Consortium:
 
     @property
     def logs(self) -> Path:
-        """One file for each program, and `coordinator.jsonl` about all of them."""
+        """One file for each program; that of the monitor is what all runs told, in JSON lines."""
         return self.directory / "logs"
 
     @property
