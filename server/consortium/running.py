@@ -95,6 +95,8 @@ def stop(consortium: Consortium, name: str) -> Run:
         settle(run, _latest(link.runs()))
         if run.facts["status"] in ENDED:
             raise MmfmError(f"{run.directory}: this run is over: {run.facts['status']}")
+        if run.facts.get("flower_run") is None:
+            raise MmfmError(f"{run.directory}: this run is still handed to Flower's link; try again in a few seconds")
         link.stop(run.facts["flower_run"])
     end = time.monotonic() + STOP_SECONDS
     while True:
