@@ -149,6 +149,7 @@ def certificate(
     directory: Directory = HERE,
 ) -> None:
     """Show the server's certificate, or renew it; sites notice nothing, because they trust the CA."""
+    from server.consortium import services
     from server.consortium.certificates import describe, issue
     from server.consortium.settings import host_and_port
 
@@ -160,8 +161,8 @@ def certificate(
     found = describe(consortium.certificate)
     _say(f"{consortium.certificate}: for {', '.join(found.hosts)}; valid until {found.not_after:%Y-%m-%d}")
     _say(f"{consortium.authority}: valid until {describe(consortium.authority).not_after:%Y-%m-%d}")
-    if renew:
-        _say("Next: 'mmfm coordinator down' and 'up', between two rounds or at any moment: runs go on or are resumed.")
+    if renew and services.restart_servers(consortium):
+        _say("The link and the door start again with it; runs go on, and sites connect again by themselves.")
 
 
 @app.command()

@@ -212,6 +212,21 @@ def end_leftovers(consortium: Consortium) -> int:
     return len(left)
 
 
+def restart_servers(consortium: Consortium) -> bool:
+    """End what shows the server's certificate; `up`, systemd or the container's engine starts it again, with a new one.
+
+    Runs go on meanwhile. Whether there was anything to end.
+    """
+    found = False
+    for pid in _marked(consortium):
+        with suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"flower-superlink" in words or b"nginx" in words:
+                os.kill(pid, signal.SIGTERM)
+                found = True
+    return found
+
+
 def _start(consortium: Consortium, started: Programs, name: str, line: list[str | Path]) -> Program:
     program = started.start(name, line, home=consortium.flower)
     checks: dict[str, Callable[[], bool]] = {

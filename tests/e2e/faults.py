@@ -354,7 +354,7 @@ def refused(world: World) -> None:
 
 
 def expired_certificate(world: World) -> None:
-    """The server's certificate expires: `up` says so, sites cannot connect; renewed, all come back by themselves."""
+    """The server's certificate expires: `up` says so; renewed, all come back by themselves. Then renewed within a run."""
     coordinator = world.coordinator
     with patch.object(certificates, "datetime") as clock:
         clock.now.return_value = datetime.now(UTC) - timedelta(days=certificates.SERVER_DAYS + 1)
@@ -373,6 +373,14 @@ def expired_certificate(world: World) -> None:
     coordinator.mmfm("up", "--detach")
     world.everyone_is_online()
     print("  refused by 'up'; renewed, and every site is back")
+    run = world.run("renewed", rounds=3)
+    wait(lambda: world.round_reached(run, 1), LONG)
+    before = coordinator.mmfm("certificate")
+    told = coordinator.mmfm("certificate", "--renew")
+    assert "start again" in told, (before, told)
+    world.completed(run)
+    assert all(len(names) >= 2 for names in sites_of_round(run).values())
+    print(f"  renewed within a run, which completed without help; rounds took {np.round(seconds_of_rounds(run))} s")
 
 
 def disk_full(world: World) -> None:
