@@ -161,11 +161,11 @@ def settle(run: Run, latest: Mapping[Path, FlowerRun]) -> None:
     if facts["status"] in ENDED:
         return
     number, found = facts.get("flower_run"), latest.get(run.directory)
-    if number is None:
+    if number is None or found is None or found.number != number:
+        # `latest` may be older than the submission.
         if time.time() - facts.get("submitting", facts["started"]) > SUBMIT_SECONDS:
-            _fail(run, "the run was never handed to Flower's link, because the command was killed")
-    elif found is None or found.number != number:
-        _fail(run, "Flower's database does not know this run any more")
+            lost = "Flower's database does not know this run any more"
+            _fail(run, lost if number else "the run was never handed to Flower's link, because the command was killed")
     elif found.finished:
         _fail(run, f"the run's ServerApp ended without a word{': ' if found.details else ''}{found.details}")
 

@@ -277,7 +277,8 @@ def refused(world: World) -> None:
         stranger.kill()
         assert began.returncode not in (None, 0), stranger.log(what)
         assert "SuperNode ID" not in stranger.log(what), stranger.log(what)
-        print(f"  {what}: {' '.join(stranger.log(what).split())[-140:]}")
+        told = [line for line in stranger.log(what).splitlines() if "rror" in line or "ailed" in line or "xit" in line]
+        print(f"  {what}: exit code {began.returncode}; {told[0][:120] if told else ''}")
 
     for path in (
         "/v1/control/list-runs",
@@ -354,7 +355,7 @@ def refused(world: World) -> None:
 
 
 def expired_certificate(world: World) -> None:
-    """The server's certificate expires: `up` says so; renewed, all come back by themselves. Then renewed within a run."""
+    """The server's certificate expires: `up` says so; renewed, all come back. Then renewed within a run."""
     coordinator = world.coordinator
     with patch.object(certificates, "datetime") as clock:
         clock.now.return_value = datetime.now(UTC) - timedelta(days=certificates.SERVER_DAYS + 1)
