@@ -23,7 +23,10 @@ START_SECONDS = 120.0
 RESTART_SECONDS = 5.0
 WATCH_SECONDS = 0.5
 MARK = "MMFM_COORDINATOR_PROGRAM"
-"""Every program of a coordinator carries its directory in this variable, by which what a crash left is found."""
+"""Every program that `up` started carries the coordinator's directory here, by which what a crash left is found."""
+
+SERVED = "MMFM_COORDINATOR_SERVED"
+"""The same for a program of `serve`, which belongs to systemd or a container's engine: not for `up` to end."""
 
 FAST = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # seconds until a submitted run starts
 
@@ -148,7 +151,7 @@ def serve(consortium: Consortium, name: str) -> None:
     write_door(consortium)
     line = words(known[name])
     os.chdir(consortium.logs)
-    os.execve(line[0], line, environment(consortium.flower) | FAST | {MARK: str(consortium.directory)})  # noqa: S606
+    os.execve(line[0], line, environment(consortium.flower) | FAST | {SERVED: str(consortium.directory)})  # noqa: S606
 
 
 def up(consortium: Consortium, say: Callable[[str], None], ready: Callable[[], None]) -> None:
@@ -218,7 +221,7 @@ def restart_servers(consortium: Consortium) -> bool:
     Runs go on meanwhile. Whether there was anything to end.
     """
     found = False
-    for pid in _marked(consortium):
+    for pid in (*_marked(consortium), *_marked(consortium, SERVED)):
         with suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
             if b"flower-superlink" in words or b"nginx" in words:
@@ -276,8 +279,8 @@ def _held(consortium: Consortium) -> Iterator[None]:
         yield
 
 
-def _marked(consortium: Consortium) -> Iterator[int]:
-    mark = f"{MARK}={consortium.directory}".encode()
+def _marked(consortium: Consortium, variable: str = MARK) -> Iterator[int]:
+    mark = f"{variable}={consortium.directory}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if mark in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
