@@ -5,13 +5,16 @@ BIN    := $(VENV)/bin
 export MMFM_DATA ?= ../shared/data
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test e2e lint bench clean
 demo: $(VENV)/.base                  ## four generated hospitals, from nothing to a report
 	$(BIN)/mmfm demo-data runs/demo-data
 	$(BIN)/mmfm simulate deploy/federations/demo.yaml --run runs/demo --replace
 
 test: $(VENV)/.dev                   ## every test, on every core
 	$(BIN)/pytest -n auto
+
+e2e: $(VENV)/.dev                    ## coordinator and four sites in network namespaces, and every fault: hours, as root, needs nginx
+	$(BIN)/python -u tests/e2e/faults.py
 
 lint: $(VENV)/.dev                   ## format, rules, types
 	$(BIN)/ruff format --check

@@ -22,6 +22,11 @@ def write_text(path: Path, text: str) -> None:
     _write(path, text.encode())
 
 
+def write_secret(path: Path, data: bytes) -> None:
+    """Write a key or another secret atomically; at no moment can anybody but its owner read it."""
+    _write(path, data, mode=0o600)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
@@ -76,11 +81,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(left_over, ignore_errors=True)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, mode: int = 0o666) -> None:
     partial = path.with_name(f".partial-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # what a crash left may have another mode
+        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

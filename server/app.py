@@ -1,10 +1,12 @@
 """The ServerApp: it finds its run directory and hands the grid to the coordinator."""
 
 from pathlib import Path
+from time import time
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from mmfm_core.errors import MmfmError
 from server.coordinator import coordinate
 from server.record import Run
 
@@ -22,4 +24,12 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Started by Flower: the run directory is named by the run's configuration."""
-    coordinate(grid, Run.open(Path(str(context.run_config["run-directory"]))))
+    run = Run.open(Path(str(context.run_config["run-directory"])))
+    try:
+        coordinate(grid, run)
+    except MmfmError:
+        raise
+    except Exception as error:
+        cause = f"internal error ({type(error).__name__}); please report it with the log of Flower's SuperExec"
+        run.update(status="failed", cause=cause, finished=time())
+        raise

@@ -17,6 +17,7 @@ from mmfm_core.protocol import RoundReply, RoundRequest, SiteDescription, to_arr
 from mmfm_core.storage import Tensors
 from server.attendance import Attendance, problem_of
 from server.exchange import Answer, ask
+from server.patience import Patience
 from server.record import Run
 from server.sites import FEDERATION, check_figures, check_sites, one_class_sites
 from server.strategy import Strategy
@@ -46,6 +47,7 @@ class Coordinator:
         self.federation: Federation = run.federation
         self.document = sha256(self.federation)
         self.attendance = Attendance(grid, run, self.federation)
+        self.patience = Patience(self.federation.aggregation.deadline)
 
     def work(self) -> None:
         """All rounds that are left."""
@@ -68,6 +70,7 @@ class Coordinator:
                 strategy.conclude()
             self._round(strategy, this)
             self.run.save_checkpoint(this.number, strategy.shared, strategy.memory)
+            self.run.update(round=this.number, round_ended=time.time())
         self.run.update(status="completed", finished=time.time())
 
     def _needed(self, this: Round) -> int:
@@ -82,6 +85,7 @@ class Coordinator:
                 strategy.advance(self.attendance.sites.values())
                 return
             strategy.void()
+            self.run.update(void_rounds=self.run.facts.get("void_rounds", 0) + 1)
             self.run.forget_after(this.number - 1)
             self.run.tell(
                 f"round {this.number} is void: fewer than {needed} usable replies (attempt {attempt} of {ATTEMPTS})",
@@ -107,9 +111,13 @@ class Coordinator:
             asked,
             lambda node: to_records(request, {name: arrays[name] for name in names[node]}),
             "train",
-            self.federation.aggregation.deadline,
+            self.patience.seconds,
         ):
             site = asked[answer.node]
+            if answer.message is None:
+                self.patience.silent(answer.node)
+            else:
+                self.patience.answered(answer.node, time.monotonic() - started)
             try:
                 reply = self._take(strategy, answer, site, this)
             except MmfmError as error:

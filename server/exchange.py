@@ -12,6 +12,7 @@ from mmfm_core.protocol import Refusal, RoundReply, SiteDescription, from_record
 
 UNASKED = -1
 POLL_SECONDS = 0.2  # Flower's own send_and_receive looks every 3 s, and hands over nothing before the last reply
+LONGEST_POLL, POLL_SHARE = 2.0, 0.02  # each look is a request to the link and its database: fewer in long rounds
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,31 @@ class Answer:
 
 
 def ask(
-    grid: Grid, nodes: Iterable[int], question: Callable[[int], RecordDict], kind: str, deadline: float
+    grid: Grid,
+    nodes: Iterable[int],
+    question: Callable[[int], RecordDict],
+    kind: str,
+    deadline: float | Callable[[int], float],
 ) -> Iterator[Answer]:
     """Send each node its question and yield each answer on arrival; nodes silent after `deadline` seconds come last.
 
+    A question lives no longer than its deadline, so a node that was busy does not work on what nobody waits for.
     Questions are built one at a time, and an answer is not kept: memory does not grow with the number of sites.
+
+    Args:
+        deadline: seconds, for all nodes or for each one.
     """
     waiting: dict[str, int] = {}
+    seconds: dict[int, float] = {}
     for node in nodes:
-        message = Message(question(node), dst_node_id=node, message_type=kind, ttl=deadline)
+        seconds[node] = deadline(node) if callable(deadline) else deadline
+        message = Message(question(node), dst_node_id=node, message_type=kind, ttl=seconds[node])
         (identifier,) = list(grid.push_messages([message])) or [None]
         if identifier is None:
             yield Answer(node, None, "Flower could not send it the question")
         else:
             waiting[identifier] = node
-    end = time.monotonic() + deadline
+    asked = time.monotonic()
     while waiting:
         arrived = False
         for reply in grid.pull_messages(list(waiting)):
@@ -48,11 +59,12 @@ def ask(
                 yield _answer(node, reply)
         # What has arrived is taken, however late: in one process, a site only begins when the one before it is done.
         if not arrived:
-            if time.monotonic() > end:
+            passed = time.monotonic() - asked
+            if all(passed > seconds[node] for node in waiting.values()):
                 break
-            time.sleep(POLL_SECONDS)
+            time.sleep(max(POLL_SECONDS, min(LONGEST_POLL, POLL_SHARE * passed)))
     for node in waiting.values():
-        yield Answer(node, None, f"no answer within {deadline:g} s")
+        yield Answer(node, None, f"no answer within {seconds[node]:.3g} s")
 
 
 def _answer(node: int, reply: Message) -> Answer:

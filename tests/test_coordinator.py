@@ -1,5 +1,6 @@
 """The coordinator against sites that misbehave: each costs only itself, is named, and the round goes on."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,10 +32,12 @@ from mmfm_core.protocol import (
     to_records,
 )
 from mmfm_core.storage import Tensors, read_tensors
+from server import attendance, patience
 from server.coordinator import coordinate
 from server.display import Display, RunProgress
 from server.engines.in_process import InProcessGrid
 from server.record import Run, read_lines
+from server.registry import Registration, Registry
 
 Said = SiteDescription | RoundReply | Refusal | RecordDict | None
 Answer = Callable[[Describe | RoundRequest], Said]
@@ -446,3 +449,54 @@ def test_a_line_cut_off_by_a_crash_is_dropped_on_resume(tmp_path: Path) -> None:
     run.tell("the end")
     assert [event["text"] for event in read_lines(run.events)][-1] == "the end"
     assert [line["round"] for line in read_lines(run.metrics) if line["metric"] == "sites"] == [1, 2, 3]
+
+
+def test_a_site_that_let_a_deadline_pass_is_waited_for_less_until_it_answers_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "TRAINED", 4)
+    monkeypatch.setattr(patience, "SHORTEST", 0.9)
+    lives: dict[int, list[float]] = {1: [], 2: []}
+
+    class Noting(FakeGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            messages = list(messages)
+            for message in messages:
+                if message.metadata.message_type == "train":
+                    lives[message.metadata.dst_node_id].append(message.metadata.ttl)
+            return super().push_messages(messages)
+
+    federation = two_rounds(aggregation={"min_sites": 1, "quorum_wait": 0.3, "deadline": 1.0})
+    slow = Site("south", spoil={2: lambda _: None})
+    coordinate(Noting(Site("north"), slow), make_run(tmp_path, federation))
+    assert lives[1] == [1.0] * 5
+    assert lives[2] == [1.0, 1.0, 0.9, 1.0, 1.0]
+
+
+def test_only_enrolled_sites_are_asked_and_by_the_name_they_are_enrolled_under(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "sites.json")
+    sites = [Site(name) for name in ("north", "south", "stranger", "liar")]
+    for node, name in ((1, "north"), (2, "south"), (4, "west")):
+        registry.add(Registration(name, node, f"key {node}", 0.0))
+    sites[1].spoil = {1: lambda reply: registry.revoke("south") or reply}
+    run = make_run(
+        tmp_path,
+        two_rounds(aggregation={"min_sites": 1, "quorum_wait": 0.3, "deadline": 0.3}),
+        registry=str(registry.path),
+    )
+    coordinate(FakeGrid(*sites), run)
+    assert [site.asked for site in sites] == [[1, 2, 3], [1], [], []]
+    told = {line["site"]: line["text"] for line in read_lines(run.events)}
+    assert "it calls itself 'liar'" in told["west"]
+    assert told["south"] == "is not enrolled any more"
+    assert told.keys() == {"west", "south"}
+
+
+def test_a_site_that_refused_is_asked_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attendance, "ASK_AGAIN_SECONDS", 0.0)
+    answers: list[Said] = [Refusal("south", "not approved"), Refusal("south", "not approved")]
+    south = Site("south", spoil_description=lambda description: answers.pop() if answers else description)
+    run = make_run(tmp_path, two_rounds(aggregation={"min_sites": 1, "quorum_wait": 0.3, "deadline": 0.3}))
+    coordinate(FakeGrid(Site("north"), south), run)
+    assert south.asked == [2, 3]
+    assert any("takes part from round 2 on" in line["text"] for line in read_lines(run.events))

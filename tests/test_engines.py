@@ -22,7 +22,8 @@ from tiny import prepare_run, tiny_federation, write_sites
 from mmfm_core.config import Site
 from mmfm_core.errors import MmfmError
 from mmfm_core.storage import Tensors, read_tensors
-from server.engines import in_process, programs, ray, superlink
+from server import bundle, programs
+from server.engines import in_process, ray, superlink
 from server.record import Run, read_lines
 
 OTHER_ENGINES = pytest.mark.parametrize("engine", [ray, superlink], ids=["ray", "superlink"])
@@ -98,16 +99,16 @@ def test_ray_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, t
 
 def test_what_flower_sends_to_sites_holds_no_code(tmp_path: Path, sites: dict[str, Site]) -> None:
     run = Run.open(prepare_run(tmp_path / "run", tiny_federation(), sites))
-    superlink.write_bundle(tmp_path / "bundle", run)
-    bundle = build_fab_from_disk(tmp_path / "bundle")
-    with zipfile.ZipFile(BytesIO(bundle)) as files:
+    bundle.write_bundle(tmp_path / "bundle", run)
+    built = build_fab_from_disk(tmp_path / "bundle")
+    with zipfile.ZipFile(BytesIO(built)) as files:
         assert sorted(files.namelist()) == [".info/CONTENT", "federation.yaml", "pyproject.toml"]
         assert files.read("federation.yaml") == (run.directory / "federation.yaml").read_bytes()
 
 
 def test_any_path_reaches_flower_whole(tmp_path: Path) -> None:
     values = {"site-directory": '/tmp/it\'s "ours"/späť \\ = \t x'}  # noqa: S108 (only a text)
-    superlink.write_values(tmp_path / "node.toml", values)
+    bundle.write_values(tmp_path / "node.toml", values)
     assert parse_config_args([str(tmp_path / "node.toml")]) == values
 
 

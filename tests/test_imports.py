@@ -21,6 +21,7 @@ LIGHT = (
     "mmfm_core.command",
     "client.app",
     "client.service",
+    "server.consortium.commands",
     "server.commands",
 )
 

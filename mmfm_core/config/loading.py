@@ -30,6 +30,11 @@ def load_site(path: Path) -> Site:
     return _validate(Site, read_yaml(path), path, context={"folder": path.parent})
 
 
+def load_document(kind: type[Document], path: Path) -> Document:
+    """Read a document of any other kind."""
+    return _validate(kind, read_yaml(path), path)
+
+
 def load_sites(path: Path) -> dict[str, Site]:
     """Read a simulation's sites: `defaults` that each entry of `sites` amends (null takes a key away)."""
     document = read_yaml(path)

@@ -15,7 +15,7 @@ from typing import Any
 
 from client.simulated import SITES_VARIABLE, site_directories
 from mmfm_core.errors import MmfmError
-from server.engines.programs import QUIET, begin, check_completed, programs, wait_for
+from server.programs import QUIET, begin, check_completed, programs, wait_for
 from server.record import Run
 
 

@@ -3,7 +3,6 @@
 Without TLS or keys: whoever can open a loopback port of this machine can talk to them. For a machine of one's own.
 """
 
-import json
 import socket
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,28 +10,12 @@ from pathlib import Path
 from client.app import SOCKET
 from client.simulated import site_directories
 from mmfm_core.storage import write_text
-from server.engines.programs import Program, Programs, begin, check_completed, over, programs, wait_for
+from server.bundle import write_bundle, write_values
+from server.programs import Program, Programs, begin, check_completed, over, programs, wait_for
 from server.record import Run
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
-
-BUNDLE = """\
-[project]
-name = "mmfm"
-version = "1.0.0"
-description = "A federation's document; the code is installed where it runs."
-
-[tool.flwr.app]
-publisher = "mmfm"
-
-[tool.flwr.app.components]
-serverapp = "server.app:app"
-clientapp = "client.app:app"
-
-[tool.flwr.app.config]
-run-directory = ""
-"""
 
 
 def simulate(run_directory: Path) -> None:
@@ -81,17 +64,6 @@ def start_agent(started: Programs, site: Path, folder: Path) -> Program:
 def socket_of(site: Path) -> str:
     """Where an agent listens, from the folder in which all programs run: a socket's whole path must be short."""
     return f"nodes/{site.name}/agent.sock"
-
-
-def write_bundle(folder: Path, run: Run) -> None:
-    """What Flower sends to every site: the document and the names of two installed modules, and no code."""
-    write_text(folder / "pyproject.toml", BUNDLE)
-    write_text(folder / "federation.yaml", (run.directory / "federation.yaml").read_text())
-
-
-def write_values(path: Path, values: dict[str, str]) -> None:
-    """A TOML file of strings; on Flower's command lines a path with a quote or a blank would be torn apart."""
-    write_text(path, "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()))
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The programs that an engine starts: each in a process group of its own, and all of them gone when the block ends."""
+"""The programs that an engine or a coordinator starts: each in a process group of its own, and none left at the end."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from server.record import Run
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
+SCRIPTS = Path(sys.executable).parent
 
 QUIET = {
     # Nothing beside patient data calls home, installs packages, or takes more than its own core.
@@ -42,32 +43,43 @@ class Program:
         return self.process.poll() is not None
 
 
-class Programs:
-    """Programs with their logs in one folder."""
+def words(command: Sequence[str | Path]) -> list[str]:
+    """A command line whose program is one that is installed beside this Python, unless it has a path of its own."""
+    return [str(SCRIPTS / command[0]), *map(str, command[1:])]
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._started = folder, list[Program]()
+
+def environment(home: Path) -> dict[str, str]:
+    """The variables of a program of Flower's; `home` is where it keeps its files."""
+    # Everything here talks over loopback, where a proxy can only be in the way.
+    inherited = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    # Flower starts its own helpers by name.
+    path = f"{SCRIPTS}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return inherited | QUIET | {"FLWR_HOME": str(home), "PATH": path}
+
+
+class Programs:
+    """Programs with their logs in one folder, and `variables` added to their environment."""
+
+    def __init__(self, folder: Path, variables: Mapping[str, str] | None = None) -> None:
+        self._folder, self._variables, self._started = folder, dict(variables or {}), list[Program]()
 
     def start(self, name: str, command: Sequence[str | Path], home: Path) -> Program:
         """Start a program that is installed beside this Python; `home` is where Flower keeps its files."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        scripts = Path(sys.executable).parent
-        # Everything here talks over loopback, where a proxy can only be in the way.
-        inherited = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-        # Flower starts its own helpers by name.
-        path = f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         log = self._folder / f"{name}.log"
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             process = subprocess.Popen(  # noqa: S603 (our own words and paths)
-                [str(scripts / command[0]), *map(str, command[1:])],
+                words(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self._folder,
-                env=inherited | QUIET | {"FLWR_HOME": str(home), "PATH": path},
+                env=environment(home) | self._variables,
                 start_new_session=True,
             )
         program = Program(name, process, log)
+        # Of one that ended and is started again, the number may belong to a stranger by now.
+        self._started = [each for each in self._started if each.name != name]
         self._started.append(program)
         return program
 
@@ -97,9 +109,9 @@ class Programs:
 
 
 @contextmanager
-def programs(folder: Path) -> Iterator[Programs]:
+def programs(folder: Path, variables: Mapping[str, str] | None = None) -> Iterator[Programs]:
     """A block after which no program started in it is left, however it ends; SIGTERM ends it like Ctrl-C does."""
-    started = Programs(folder)
+    started = Programs(folder, variables)
     with _sigterm_raises():
         try:
             yield started
