@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmfm_core.data.dataset import Batch, Dataset
 from mmfm_core.data.manifest import Study
+from mmfm_core.errors import MmfmError
 from mmfm_core.privacy.randomness import chosen, gaussian
 from mmfm_core.privacy.step import Mechanism, groups, noisy_gradients, patients_of, unpredictable
 
@@ -80,6 +81,25 @@ def test_clipping_studies_instead_of_patients_would_fail_that_test(toy: Toy, dat
     others = [[row] for row in range(len(dataset)) if row not in cid]
     moved = released(toy, dataset, each, mechanism, 100) - released(toy, dataset, others, mechanism, 100)
     assert moved.norm() > 0.7 * 1.5
+
+
+class Folded(Toy):
+    """Studies and features change places before a layer: only a pass shows that it sees no study."""
+
+    def losses(self, batch: Batch) -> Tensor:
+        return 10 * (self.net(batch.inputs["row"].T.T.reshape(1, -1, 6))[0, :, 0] - batch.targets["y"]).square()
+
+
+def test_what_book_keeping_cannot_see_is_left_to_the_loop_unless_it_was_named(dataset: Dataset) -> None:
+    torch.manual_seed(3)
+    model, everybody = Folded(), patients_of(dataset, range(len(dataset)))
+    sums = {
+        engine: released(model, dataset, everybody, Mechanism(0.0, 0.7, 1.0, 10, engine=engine), 4)
+        for engine in ("loop", "auto")
+    }
+    torch.testing.assert_close(sums["auto"], sums["loop"])
+    with pytest.raises(MmfmError):
+        released(model, dataset, everybody, Mechanism(0.0, 0.7, 1.0, 10, engine="bookkeeping"), 4)
 
 
 def test_views_of_a_patient_are_one_gradient(toy: Toy, dataset: Dataset) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfm_core.data.dataset import Batch, Dataset
+from mmfm_core.errors import MmfmError
 from mmfm_core.privacy.engines import ENGINES, choose
 from mmfm_core.privacy.randomness import chosen, gaussian
 
@@ -58,7 +59,7 @@ def noisy_gradients(
 
     The mean loss is not noised, and must stay at the site. About `at_once` rows are in memory at a time.
     """
-    engine = ENGINES[choose(model, parameters) if mechanism.engine == "auto" else mechanism.engine]
+    engine = choose(model, parameters) if mechanism.engine == "auto" else mechanism.engine
     here = chosen(len(patients), mechanism.rate)
     sampled = [rows for rows, taken in zip(patients, here, strict=True) if taken]
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -66,7 +67,14 @@ def noisy_gradients(
     for group in groups(sampled, max(at_once // mechanism.views, 1)):
         rows = [row for rows in group for row in rows for _ in range(mechanism.views)]
         owner = [index for index, rows in enumerate(group) for _ in range(len(rows) * mechanism.views)]
-        clipped = engine(model, losses, dataset.batch(rows), torch.tensor(owner), parameters, mechanism.max_norm)
+        asked = (model, losses, dataset.batch(rows), torch.tensor(owner), parameters, mechanism.max_norm)
+        try:
+            clipped = ENGINES[engine](*asked)
+        except MmfmError:
+            if mechanism.engine != "auto" or engine == "loop":
+                raise
+            engine = "loop"  # only a pass shows what every layer is given; the loop asks no layer
+            clipped = ENGINES[engine](*asked)
         for name, part in clipped.total.items():
             total[name] += part
         loss, dropped = loss + clipped.loss, dropped + clipped.dropped
