@@ -58,6 +58,24 @@ def test_opacus_counts_the_same(noise: float, rate: float, steps: int, delta: fl
     assert tight_epsilon(noise, rate, steps, delta) <= epsilon(noise, rate, steps, delta)
 
 
+@pytest.mark.parametrize(
+    ("noise", "rate", "steps", "published"),
+    [
+        (4.0, 0.01, 10_000, 1.26),  # Abadi et al. 2016, section 1
+        (1.3, 256 / 60_000, 15 * 60_000 // 256, 1.19),  # TensorFlow Privacy's tutorial, as is the next one
+        (1.1, 256 / 60_000, 60 * 60_000 // 256, 3.01),
+    ],
+)
+def test_older_figures_by_the_conversion_that_was_used_then(
+    noise: float, rate: float, steps: int, published: float
+) -> None:
+    """Mironov 2017, proposition 3, at our orders: what is charged here is less, by the conversion that came later."""
+    curve = opacus.compute_rdp(q=rate, noise_multiplier=noise, steps=steps, orders=list(ORDERS))
+    classic = min(cost + math.log(1e5) / (order - 1) for order, cost in zip(ORDERS, curve, strict=True))
+    assert classic == pytest.approx(published, abs=0.01)
+    assert 0.6 * classic < epsilon(noise, rate, steps, 1e-5) < classic
+
+
 @pytest.mark.parametrize(("noise", "steps", "delta"), [(1.0, 1, 1e-5), (10.0, 200, 1e-3), (20.0, 50, 1e-6)])
 def test_every_patient_in_every_step_is_the_gaussian_mechanism(noise: float, steps: int, delta: float) -> None:
     """Balle & Wang 2018, theorem 8, with mu = sqrt(T) / sigma."""
