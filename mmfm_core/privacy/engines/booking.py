@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from mmfm_core.errors import MmfmError
-from mmfm_core.privacy.engines.layers import Use
+from mmfm_core.privacy.engines.layer import Use
 
 
 @dataclass(frozen=True)

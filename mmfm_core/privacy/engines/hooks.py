@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmfm_core.data.dataset import Batch
 from mmfm_core.errors import MmfmError
 from mmfm_core.privacy.engines.base import Clipped, Losses, scales, zeros
-from mmfm_core.privacy.engines.layers import contracted
+from mmfm_core.privacy.engines.layer import contracted
 from mmfm_core.privacy.engines.rows import rows_of
 from mmfm_core.privacy.engines.support import unsupported
 
