@@ -63,7 +63,7 @@ class Child:
             log.warning("%s ended with code %d; it is started again in %g s", self.name, code, self.restart_seconds)
         if self.process is None and time.monotonic() >= self.not_before:
             self.process = subprocess.Popen(  # noqa: S603 (our own words and paths)
-                [sys.executable, "-m", "client.tied", *self.command],
+                [sys.executable, "-m", "client.tied", str(os.getpid()), *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""`python -m client.tied COMMAND ...`: the command, which ends when whoever started it does, however that ended."""
+"""`python -m client.tied PARENT COMMAND ...`: the command, which ends when process PARENT does, however that ended."""
 
 import ctypes
 import os
@@ -8,14 +8,13 @@ import sys
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl; it is kept when another program takes over
 
 
-def main(command: list[str]) -> None:
-    """Become the command."""
-    parent = os.getppid()
+def main(parent: int, command: list[str]) -> None:
+    """Become the command, unless the parent, who started this, is gone already."""
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before it could be asked for
+    if os.getppid() != parent:
         sys.exit(1)
     os.execvp(command[0], command)  # noqa: S606 (the words of client.running)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(int(sys.argv[1]), sys.argv[2:])

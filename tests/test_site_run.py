@@ -115,8 +115,8 @@ def test_children_end_with_a_supervisor_that_was_killed(here: Path) -> None:
 
 def test_a_tied_program_ends_with_whoever_started_it(tmp_path: Path) -> None:
     code = f"""
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-m", "client.tied", "sleep", "1000"])
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-m", "client.tied", str(os.getpid()), "sleep", "1000"])
 open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
 sys.stdin.read()
 """
