@@ -234,7 +234,7 @@ def _start(consortium: Consortium, started: Programs, name: str, line: list[str 
     program = started.start(name, line, home=consortium.flower)
     checks: dict[str, Callable[[], bool]] = {
         "superlink": lambda: is_healthy(consortium),
-        "door": lambda: _door_answers(consortium),
+        "door": lambda: door_answers(consortium),
     }
     if name in checks:
         wait_for(checks[name], [program], START_SECONDS)
@@ -253,7 +253,8 @@ def _keep(consortium: Consortium, started: Programs, running: dict[str, Program]
                 running[name] = started.start(name, lines[name], home=consortium.flower)
 
 
-def _door_answers(consortium: Consortium) -> bool:
+def door_answers(consortium: Consortium) -> bool:
+    """Whether the door takes connections, with a certificate that sites accept."""
     host, port = host_and_port(consortium.settings.listen)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (only compared)
     context = ssl.create_default_context(cafile=str(consortium.authority))
