@@ -58,7 +58,7 @@ class Coordinator:
         hospital.mmfm("join", hospital.enrolment)
 
     def processes(self) -> list[int]:
-        """All living processes of the coordinator."""
+        """All living processes of the coordinator but its door, which writes its title over its environment."""
         return marked(f"MMFM_COORDINATOR_PROGRAM={self.directory}")
 
     def kill(self) -> None:

@@ -1,8 +1,11 @@
 """`mmfm coordinator`: what it makes, and what it refuses, file by file; no process is started."""
 
 import json
+import os
+import shutil
 import socket
 import stat
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from hospital import free_ports, wait
 from tiny import tiny_federation
 
 from mmfm_core.config.loading import dump
@@ -371,3 +375,19 @@ def test_the_monitor_tells_health_and_figures(consortium: Consortium, link: Fake
     assert figures['mmfm_run_status{run="tiny",status="starting"}'] == "1"
     assert float(figures['mmfm_run_seconds_since_round{run="tiny"}']) == pytest.approx(60, abs=5)
     assert watch.answer("/")[0] == 404
+
+
+@pytest.mark.skipif(
+    shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None, reason="nginx is not installed"
+)
+def test_a_door_that_a_killed_up_left_behind_is_ended(consortium: Consortium) -> None:
+    (port,) = free_ports(1)
+    path = consortium.directory / "coordinator.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"listen": f"127.0.0.1:{port}"}))
+    consortium = Consortium.open(consortium.directory)
+    services.write_door(consortium)
+    with subprocess.Popen(services.commands(consortium)["door"], cwd=consortium.logs) as door:
+        wait(lambda: services.door_answers(consortium), 30)
+        assert services.end_leftovers(consortium) >= 2  # a master and its worker, which has the port too
+        door.wait(10)
+    assert not services.door_answers(consortium)

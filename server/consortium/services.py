@@ -150,7 +150,7 @@ def serve(consortium: Consortium, name: str) -> None:
     check_server(consortium.certificate, consortium.authority, host_and_port(consortium.settings.address)[0])
     write_door(consortium)
     line = words(known[name])
-    os.chdir(consortium.logs)
+    os.chdir(consortium.state)
     os.execve(line[0], line, environment(consortium.flower) | FAST | {SERVED: str(consortium.directory)})  # noqa: S606
 
 
@@ -204,13 +204,13 @@ def running_pid(consortium: Consortium) -> int | None:
 
 def end_leftovers(consortium: Consortium) -> int:
     """End what a killed `up` left running; how many processes."""
-    left = list(_marked(consortium))
+    left = _left_by_up(consortium)
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in _marked(consortium):
+        for pid in _left_by_up(consortium):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
         end = time.monotonic() + 8
-        while list(_marked(consortium)) and time.monotonic() < end:
+        while _left_by_up(consortium) and time.monotonic() < end:
             time.sleep(0.1)
     return len(left)
 
@@ -221,7 +221,7 @@ def restart_servers(consortium: Consortium) -> bool:
     Runs go on meanwhile. Whether there was anything to end.
     """
     found = False
-    for pid in (*_marked(consortium), *_marked(consortium, SERVED)):
+    for pid in _left_by_up(consortium) | _served(consortium):
         with suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
             if b"flower-superlink" in words or b"nginx" in words:
@@ -234,7 +234,7 @@ def _start(consortium: Consortium, started: Programs, name: str, line: list[str 
     program = started.start(name, line, home=consortium.flower)
     checks: dict[str, Callable[[], bool]] = {
         "superlink": lambda: is_healthy(consortium),
-        "door": lambda: _door_answers(consortium),
+        "door": lambda: door_answers(consortium),
     }
     if name in checks:
         wait_for(checks[name], [program], START_SECONDS)
@@ -253,7 +253,8 @@ def _keep(consortium: Consortium, started: Programs, running: dict[str, Program]
                 running[name] = started.start(name, lines[name], home=consortium.flower)
 
 
-def _door_answers(consortium: Consortium) -> bool:
+def door_answers(consortium: Consortium) -> bool:
+    """Whether the door takes connections, with a certificate that sites accept."""
     host, port = host_and_port(consortium.settings.listen)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (only compared)
     context = ssl.create_default_context(cafile=str(consortium.authority))
@@ -279,11 +280,24 @@ def _held(consortium: Consortium) -> Iterator[None]:
         yield
 
 
-def _marked(consortium: Consortium, variable: str = MARK) -> Iterator[int]:
-    mark = f"{variable}={consortium.directory}".encode()
+def _left_by_up(consortium: Consortium) -> set[int]:
+    return {*_marked(f"{MARK}={consortium.directory}"), *_doors_in(consortium.logs)}
+
+
+def _served(consortium: Consortium) -> set[int]:
+    return {*_marked(f"{SERVED}={consortium.directory}"), *_doors_in(consortium.state)}
+
+
+def _marked(mark: str) -> Iterator[int]:
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
+        with suppress(OSError):  # it ended meanwhile, or is another user's
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
                 yield int(process.name)
-        except OSError:  # it ended meanwhile, or is another user's
-            continue
+
+
+def _doors_in(folder: Path) -> Iterator[int]:
+    # nginx writes its title over its environment, and a worker, which keeps the port, names no file in it.
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "comm").read_text().strip() == "nginx" and (process / "cwd").readlink() == folder:
+                yield int(process.name)
