@@ -15,7 +15,7 @@ from scipy.stats import binom
 from mmfm_core.privacy.randomness import Flags, Floats
 
 CONFIDENCE = 0.95
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Of all patients, how many are guessed. Few guesses can be sure ones, many are evidence; each share is one more try."""
 
 _HIGHEST = 40.0  # an epsilon at which all coins are right, to rounding
@@ -83,4 +83,3 @@ def p_value(patients: int, guesses: int, correct: int, epsilon: float, delta: fl
     below = np.arange(1, correct + 1)
     alpha = float((np.cumsum(binom.pmf(correct - below, guesses, right)) / below).max(initial=0.0))
     return min(1.0, beta + 2 * patients * delta * alpha)
-

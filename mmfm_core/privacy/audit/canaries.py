@@ -74,12 +74,13 @@ class CanaryHead(Head):
 
     def forward(self, encoding: Encoding) -> Tensor:
         """The loss of each study, [B]."""
-        number = encoding.batch.inputs[MODALITY][:, 0]
-        canary = F.one_hot(number.clamp(min=0).long(), self.canaries) * (number >= 0)[:, None] * self.length
+        number = encoding.batch.inputs[MODALITY]
+        entry, length = number.clamp(min=0).long(), self.length * (number >= 0)
+        canary = torch.zeros(len(number), self.canaries).scatter_(1, entry, length)
         if self.local is None:
             return self.shared(canary)[:, 0]
         learned = -F.normalize(self.local.weight.detach()) * self.length
-        return (self.shared(canary + learned * (number == _CARRIER)[:, None]) + self.local(canary))[:, 0]
+        return (self.shared(canary + learned * (number == _CARRIER)) + self.local(canary))[:, 0]
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """What `forward` gave."""
@@ -92,7 +93,12 @@ class CanaryHead(Head):
 
 
 def model_of(
-    federation: Federation, canaries: int, config: Model, modalities: Collection[str], heads: Collection[str], *rest: Any
+    federation: Federation,
+    canaries: int,
+    config: Model,
+    modalities: Collection[str],
+    heads: Collection[str],
+    *rest: Any,
 ) -> MultimodalModel:
     """As `MultimodalModel` for an audit's document, but with the canaries' head."""
     model = MultimodalModel(config, modalities, heads, *rest)
@@ -119,4 +125,3 @@ def dataset_of(federation: Federation, included: Collection[int]) -> Dataset:
         for row, (owner, number) in enumerate(zip(owners, numbers, strict=True))
     ]
     return Dataset(batch, studies)
-
