@@ -15,16 +15,17 @@ import numpy as np
 
 from client.agent import Agent
 from client.gates import approve
+from client.loading import arrays
 from mmfm_core.config import Federation
 from mmfm_core.config.loading import sha256
 from mmfm_core.config.rounds import Round, rounds_of
 from mmfm_core.config.site import Budget, Release
-from mmfm_core.data.dataset import NO_ARTIFACTS, Dataset
+from mmfm_core.data.dataset import Dataset
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.parameters import fates_of, held
 from mmfm_core.privacy.audit.bound import Bound, bound
-from mmfm_core.privacy.audit.canaries import SHARED, dataset_of, document_of, model_of
-from mmfm_core.privacy.randomness import Flags, Floats, chosen
+from mmfm_core.privacy.audit.canaries import SHARED, document_of, model_of, patients_of
+from mmfm_core.privacy.randomness import Floats, chosen
 from mmfm_core.protocol import Describe, RoundReply, RoundRequest, SiteDescription
 from server.strategy import Strategy
 
@@ -70,7 +71,7 @@ def one_run(
 
 
 def _agent(directory: Path, name: str, document: Federation, canaries: int, included: np.ndarray) -> Agent:
-    dataset = dataset_of(document, included.tolist())
+    dataset = patients_of(document, included.tolist())
     privacy = document.privacy
     budget = Budget(epsilon=privacy.epsilon, delta=privacy.delta) if privacy else None
     approve(directory / "approved", document)
@@ -85,10 +86,8 @@ def _scores(
     owner: np.ndarray,
     told: Callable[[int, int], None],
 ) -> tuple[Floats, float | None]:
-    """How far its site moved each canary's parameter in all rounds, [canaries], and what that has cost by the ledger."""
-    model = document.model
-    whole = model_of(document, canaries, model, model.modalities, model.heads, document.seed, NO_ARTIFACTS)
-    initial = {name: tensor.numpy() for name, tensor in whole.state_dict().items()}
+    """How far its site moved each canary's parameter, [canaries], and what that has cost by the ledger."""
+    initial = arrays(model_of(document, canaries))
     strategy = Strategy(document, {name: initial[name].copy() for name in held(fates_of(document, initial), "shared")})
     sites = {name: _described(agent, document) for name, agent in agents.items()}
     rounds = [this for this in rounds_of(document) if this.returns_tensors]

@@ -16,7 +16,7 @@ from mmfm_core.privacy.randomness import Flags, Floats
 
 CONFIDENCE = 0.95
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
-"""Of all patients, how many are guessed. Few guesses can be sure ones, many are evidence; each share is one more try."""
+"""Of all patients, how many are guessed: few guesses can be sure ones, many are evidence. Each share is one try."""
 
 _HIGHEST = 40.0  # an epsilon at which all coins are right, to rounding
 

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmfm_core.config import Federation
-from mmfm_core.config.model import Model
 from mmfm_core.data.dataset import Batch, Dataset
-from mmfm_core.data.manifest import Study
 from mmfm_core.models.model import MultimodalModel
 from mmfm_core.models.tasks import Encoding, Head
+from mmfm_core.privacy.audit.made_up import HEAD, MODALITY, MODEL, dataset_of, model_with
 
-MODALITY, HEAD = "number", "canaries"
 SHARED = f"heads.{HEAD}.shared.weight"
 
 RECORDS = 5
@@ -40,17 +38,10 @@ def document_of(federation: Federation) -> Federation:
     """
     step = {"type": "sgd", "lr": _LR, "weight_decay": 0.0}
     ours = {"tasks": {HEAD: {}}, "train": [f"heads.{HEAD}.*"], "optimizer": step, "batch_size": _ROWS}
-    declared = {"normalize": {"mean": 0, "std": 1}}
     return Federation.model_validate(
         federation.model_dump(mode="json", include={"name", "seed", "aggregation", "privacy"})
         | {
-            "model": {
-                "dim": 2,
-                "modalities": {MODALITY: {"kind": "tabular", "features": {MODALITY: declared}}},
-                "encoders": {MODALITY: {"type": "feature_tokens"}},
-                "fusion": {"type": "concat"},
-                "heads": {HEAD: {"type": "classification", "classes": ["out", "in"]}},
-            },
+            "model": MODEL,
             "stages": [stage.model_dump(mode="json") | ours for stage in federation.stages if stage.federated],
             "parameters": {"local": [f"heads.{HEAD}.local.*"] if federation.parameters.local else []},
         }
@@ -92,36 +83,16 @@ class CanaryHead(Head):
         raise NotImplementedError
 
 
-def model_of(
-    federation: Federation,
-    canaries: int,
-    config: Model,
-    modalities: Collection[str],
-    heads: Collection[str],
-    *rest: Any,
-) -> MultimodalModel:
-    """As `MultimodalModel` for an audit's document, but with the canaries' head."""
-    model = MultimodalModel(config, modalities, heads, *rest)
+def model_of(federation: Federation, canaries: int, *_: Any) -> MultimodalModel:
+    """The model of an audit's document, whatever else a site says of it."""
     norm = federation.privacy.max_grad_norm if federation.privacy else 1.0
-    model.heads[HEAD] = CanaryHead(canaries, _PULL * norm, bool(federation.parameters.local))
-    return model
+    return model_with(CanaryHead(canaries, _PULL * norm, bool(federation.parameters.local)))
 
 
-def dataset_of(federation: Federation, included: Collection[int]) -> Dataset:
+def patients_of(federation: Federation, included: Collection[int]) -> Dataset:
     """A site's studies: those of the canaries `included`, and of carriers where parameters are local."""
     # Each carrier holds a share 1 / sqrt(canaries) of every canary; all together several whole ones.
     carriers = math.ceil(2 * RECORDS * math.sqrt(len(included))) if federation.parameters.local else 0
-    numbers = [*(float(number) for number in included for _ in range(RECORDS)), *[_CARRIER] * carriers]
-    owners = [*(str(number) for number in included for _ in range(RECORDS)), *(f"carrier {i}" for i in range(carriers))]
-    everybody = torch.ones(len(numbers), dtype=torch.bool)
-    batch = Batch(
-        {MODALITY: torch.tensor(numbers)[:, None]},
-        {MODALITY: everybody},
-        {HEAD: federation.model.heads[HEAD].unlabelled(federation.model).expand(len(numbers))},
-        {HEAD: everybody},
-    )
-    studies = [
-        Study(row, str(row), owner, "train", {MODALITY: [number]}, {HEAD: 0})
-        for row, (owner, number) in enumerate(zip(owners, numbers, strict=True))
-    ]
-    return Dataset(batch, studies)
+    numbers = [number for number in included for _ in range(RECORDS)]
+    rows = torch.tensor([*numbers, *[_CARRIER] * carriers], dtype=torch.float32)[:, None]
+    return dataset_of(rows, [*map(str, numbers), *(f"carrier {index}" for index in range(carriers))])
