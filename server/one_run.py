@@ -20,7 +20,6 @@ from mmfm_core.config import Federation
 from mmfm_core.config.loading import sha256
 from mmfm_core.config.rounds import Round, rounds_of
 from mmfm_core.config.site import Budget, Release
-from mmfm_core.data.dataset import Dataset
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.parameters import fates_of, held
 from mmfm_core.privacy.audit.bound import Bound, bound
@@ -30,7 +29,6 @@ from mmfm_core.protocol import Describe, RoundReply, RoundRequest, SiteDescripti
 from server.strategy import Strategy
 
 SITES = ("east", "west")
-CANARIES = 2000
 
 
 @dataclass(frozen=True)
@@ -47,17 +45,13 @@ class OneRun:
     delta: float
 
 
-def one_run(
-    federation: Federation, canaries: int = CANARIES, told: Callable[[int, int], None] = lambda done, of: None
-) -> OneRun:
+def one_run(federation: Federation, canaries: int, told: Callable[[int, int], None] = lambda done, of: None) -> OneRun:
     """Train the document's rounds on canaries, and guess who was there; `told` hears of rounds done, and of how many.
 
     Raises:
         MmfmError: a site refused a round.
     """
     document = document_of(federation)
-    if document.aggregation.min_sites > len(SITES):
-        document = document.model_copy(update={"aggregation": document.aggregation.model_copy(update={"min_sites": 2})})
     included = chosen(canaries, 0.5)
     owner = np.arange(canaries) % len(SITES)
     with TemporaryDirectory() as folder:
@@ -75,8 +69,7 @@ def _agent(directory: Path, name: str, document: Federation, canaries: int, incl
     privacy = document.privacy
     budget = Budget(epsilon=privacy.epsilon, delta=privacy.delta) if privacy else None
     approve(directory / "approved", document)
-    read: Callable[[object], Dataset] = lambda _: dataset  # noqa: E731
-    return Agent(directory, name, Release(), read, budget, build=partial(model_of, document, canaries))
+    return Agent(directory, name, Release(), lambda _: dataset, budget, build=partial(model_of, document, canaries))
 
 
 def _scores(

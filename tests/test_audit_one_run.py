@@ -23,7 +23,7 @@ from server.one_run import one_run
 
 NOISE, STEPS, DELTA = 16, 60, 1e-5
 THEORY = 1.92
-CANARIES = 1000
+CANARIES = 800
 
 
 def federation(parameters: Mapping[str, Any] | None = None, **privacy: Any) -> Federation:

@@ -127,7 +127,9 @@ def likelihood_ratios(sure: Matrix, coins: Coins) -> Matrix:
     (mean_in, count_in), (mean_out, count_out) = by_others(coins), by_others(~coins)
     of_in = float(np.square(np.where(coins, sure - mean_in, 0)).sum() / max(coins.sum(), 1))
     of_out = float(np.square(np.where(coins, 0, sure - mean_out)).sum() / max((~coins).sum(), 1))
-    ratio = norm.logpdf(sure, mean_in, math.sqrt(of_in) + 1e-12) - norm.logpdf(sure, mean_out, math.sqrt(of_out) + 1e-12)
+    ratio = norm.logpdf(sure, mean_in, math.sqrt(of_in) + 1e-12) - norm.logpdf(
+        sure, mean_out, math.sqrt(of_out) + 1e-12
+    )
     known: Matrix = np.where((count_in > 0) & (count_out > 0), ratio, 0.0)
     return known
 
