@@ -5,16 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import mmfm
+import typer
+from click.testing import Result
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 from test_audit_one_run import NOISE, STEPS, federation
+from typer.testing import CliRunner
 
 import mmfm_core.privacy.step
 from mmfm_core.config.loading import dump
 from mmfm_core.privacy.accounting import Charge
 from mmfm_core.privacy.audit import inversion, membership
 from mmfm_core.privacy.step import Mechanism
+from server.commands import audit
 
 MODELS = 16
 EACH = membership.PATIENTS // 2
@@ -81,24 +84,39 @@ def test_an_image_is_read_out_of_a_message_unless_there_is_noise() -> None:
     assert noised.found < inversion.RECOGNISED / 2
 
 
+def command(*words: str | Path) -> Result:
+    """`mmfm audit` in this process, where code can be broken."""
+    app = typer.Typer()
+    app.command()(audit)
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+
+
 def test_the_command_says_what_attacks_find_and_fails_where_the_promise_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document, out = tmp_path / "private.yaml", tmp_path / "audit.json"
     document.write_text(dump(federation()))
-    small = ("--canaries", "400", "--models", "4", "--json", str(out))
-    ran = mmfm("audit", str(document), *small)
+    words = (document, "--canaries", 400, "--models", 4, "--json", out)
+    ran = command(*words)
     assert ran.exit_code == 0, ran.output
-    sound = json.loads(out.read_text())
-    assert sound["sound"] is True
-    one_run, lira, image = (finding["figures"] for finding in sound["findings"])
+    one_run, lira, image = (finding["figures"] for finding in json.loads(out.read_text())["findings"])
     assert 0 <= one_run["lower_epsilon"] < one_run["promised_epsilon"] == pytest.approx(2.09, abs=0.005)
     assert lira["auc_allowed"] == pytest.approx(CAP, abs=0.001)
     assert image["psnr"] < image["psnr_of_a_guess"] + 1
+    assert json.loads(out.read_text())["sound"] is True
 
     honest = mmfm_core.privacy.step.gaussian
     monkeypatch.setattr(mmfm_core.privacy.step, "gaussian", lambda size: honest(size) / 10)
-    ran = mmfm("audit", str(document), *small)
+    ran = command(*words)
     assert ran.exit_code == 1, ran.output
     assert "BROKEN" in ran.output
     assert json.loads(out.read_text())["sound"] is False
+
+
+def test_without_privacy_the_command_says_what_is_open_to_everybody(tmp_path: Path) -> None:
+    document = tmp_path / "plain.yaml"
+    document.write_text(dump(federation().model_copy(update={"privacy": None})))
+    ran = command(document, "--canaries", 200, "--models", 4)
+    assert ran.exit_code == 0, ran.output
+    assert "can be read out of a message" in ran.output
+    assert "has no 'privacy'" in ran.output
