@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,8 +69,9 @@ class Agent:
         read: Callable[[Model], Dataset],
         budget: Budget | None = None,
         ledger: Path | None = None,
+        build: Callable[[Model, Collection[str], Collection[str], int, Path], MultimodalModel] = MultimodalModel,
     ) -> None:
-        self.directory, self.name, self._release, self._read = directory, name, release, read
+        self.directory, self.name, self._release, self._read, self._build = directory, name, release, read, build
         self._budget, self._ledger = budget or Budget(), Ledger(ledger or directory / LEDGER)
         self.egress = EgressLog(directory / EGRESS)
         self._participations: dict[str, Participation] = {}
@@ -129,9 +130,8 @@ class Agent:
         if document not in self._participations:
             dataset = self._read(federation.model)
             here = dataset.everything
-            model = MultimodalModel(
-                federation.model, here.inputs, here.targets, federation.seed, self.directory / "artifacts"
-            )
+            artifacts = self.directory / "artifacts"
+            model = self._build(federation.model, here.inputs, here.targets, federation.seed, artifacts)
             initial = arrays(model)
             fates = fates_of(federation, initial)
             self._participations[document] = Participation(

@@ -88,6 +88,24 @@ def survey(
     run_survey(federation, _sites_file(federation, sites), json, Console())
 
 
+def audit(
+    federation: FederationFile,
+    canaries: Annotated[int, typer.Option(min=100, help="Made-up patients of the one-run audit.")] = 2000,
+    models: Annotated[int, typer.Option(min=4, help="Models of the membership inference.")] = 32,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write all figures into this file.")] = None,
+) -> None:
+    """Attack a document's privacy on made-up patients: what attacks find, and what the ledger says they may.
+
+    Noise, rate, steps, clipping and method are the document's, and the code is that of a run; model and patients are
+    made up so that they show the most. Exit code 1 if an attack finds more than is promised.
+    """
+    _one_thread()
+    from server.audit import audit as run_audit
+
+    if not run_audit(federation, canaries, models, json, Console()):
+        raise typer.Exit(1)
+
+
 def compare(
     federation: FederationFile,
     sites: SitesFile = None,

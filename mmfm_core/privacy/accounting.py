@@ -46,6 +46,19 @@ def tight_epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
     return _spent(PLDAccountant(), [Charge(noise, rate, steps)], delta)
 
 
+def privacy_curve(charge: Charge, points: int = 60) -> tuple[Any, Any]:
+    """Epsilons, and for each the delta at which the schedule keeps it, [points], by privacy loss distribution."""
+    import numpy as np
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant()
+    accountant.compose(PoissonSampledDpEvent(charge.rate, GaussianDpEvent(charge.noise)), charge.steps)
+    highest = accountant.get_epsilon(1e-8)
+    epsilons = np.linspace(0, highest, points)
+    return epsilons, np.array([accountant.get_delta(float(each)) for each in epsilons])
+
+
 def noise_for(target: float, rate: float, steps: int, delta: float) -> float:
     """The least noise multiplier, rounded up to three digits after the point, that keeps `steps` steps within `target`.
 
