@@ -185,6 +185,34 @@ def test_no_run_of_tokens_is_written_twice_where_that_is_asked():
     assert repeats[1] == 0
 
 
+@torch.no_grad()
+def test_draws_differ_between_studies_that_look_alike_and_are_the_same_again():
+    config = model_of(beams=1, temperature=1.0)
+    model, batch = full_model(config, seed=0).eval(), batch_of(config, REPORTS).rows([0, 0, 0])
+    head = model.heads["report"]
+    before = torch.random.get_rng_state()
+    first = head.generate(Encoding(model, batch))
+    assert torch.equal(torch.random.get_rng_state(), before), "training that follows must not depend on it"
+    assert len({tuple(row) for row in first.tolist()}) == 3
+    assert torch.equal(head.generate(Encoding(model, batch)), first)
+
+
+@torch.no_grad()
+def test_tokens_are_drawn_as_often_as_the_tempered_decoder_thinks_them_likely():
+    config = model_of(beams=1, temperature=0.5)
+    model = full_model(config, seed=0).eval()
+    batch = batch_of(config, REPORTS[:1]).rows([0] * 4000)
+    head, encoding = model.heads["report"], Encoding(model, batch)
+    head.decoder.lm_head.weight.mul_(40)  # untrained, all are nearly alike
+    logits = head(encoding)[0, 0].clone()
+    logits[sorted(head.tokenizer.special - {head.tokenizer.end_id})] = -torch.inf
+    expected = (logits / 0.5).softmax(-1)
+    head.search.max_length = 2
+    drawn = torch.bincount(head.generate(encoding)[:, 1], minlength=len(expected)) / 4000
+    assert expected.max() < 0.9
+    assert (drawn - expected).abs().max() < 4 * 0.5 / 4000**0.5
+
+
 def test_a_length_penalty_makes_beam_search_prefer_longer_reports():
     batch = batch_of(model_of(), REPORTS)
     model = overfitted(model_of(beams=4), batch, 45)  # unsure of what it says

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
@@ -24,6 +24,7 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.metrics import reports
 from mmfm_core.metrics.statistic import Statistic, mean_of
 from mmfm_core.models.encoders.vit import check_transformer
+from mmfm_core.models.model import seeded
 from mmfm_core.models.tasks import Encoding, Head
 from mmfm_core.text import Tokenizer, open_tokenizer
 from mmfm_core.text.findings import label_findings
@@ -43,6 +44,9 @@ class Report(HeadConfig):
         label_smoothing: share of the target that goes to all tokens alike in training (Szegedy et al. 2016), so that
             a decoder of few reports stays unsure; the loss that it is trained by then never reaches zero.
         beams: beams of the search; 1 takes the likeliest token at each step.
+        temperature: 0 searches for the likeliest report, which of few studies is soon the commonest one's. Above it,
+            tokens are drawn, from what the decoder thinks of them sharpened (below 1) or flattened; the draws are the
+            same whenever the same batch is written.
         length_penalty: beams are ranked by their log-likelihood divided by their length to this power: above 1 for
             longer reports than the mean log-likelihood would give, below 1 for shorter ones.
         no_repeat_ngram: no run of so many tokens is written twice in a report; 0 for no such rule.
@@ -57,6 +61,7 @@ class Report(HeadConfig):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     beams: PositiveInt = 3
+    temperature: NonNegativeFloat = 0.0
     length_penalty: float = 1.0
     no_repeat_ngram: NonNegativeInt = 0
 
@@ -161,7 +166,8 @@ class ReportHead(Head):
         )
         self.search = GenerationConfig(
             num_beams=config.beams,
-            do_sample=False,
+            do_sample=config.temperature > 0,
+            **({"temperature": config.temperature, "top_k": 0} if config.temperature else {}),  # of all tokens
             length_penalty=config.length_penalty if config.beams > 1 else None,  # which a search without beams refuses
             no_repeat_ngram_size=config.no_repeat_ngram,
             max_length=config.max_length,
@@ -202,7 +208,8 @@ class ReportHead(Head):
         # Of its own, generate() makes a cache that cross-attention cannot use.
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         seen = self._seen(encoding)
-        ids = self.decoder.generate(start, self.search, attention_mask=start >= 0, past_key_values=cache, **seen)
+        with seeded("draws", self.name):
+            ids = self.decoder.generate(start, self.search, attention_mask=start >= 0, past_key_values=cache, **seen)
         return cast(Tensor, ids)
 
     def _seen(self, encoding: Encoding) -> dict[str, Tensor]:
