@@ -1,13 +1,15 @@
 """What a model must beat: baselines that learn next to nothing, from the very studies that a run used."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from client.loading import load
 from mmfm_core.config import Federation, Site, load_site
+from mmfm_core.config.site import Split
 from mmfm_core.data.dataset import Dataset, load_dataset
 from mmfm_core.data.manifest import read_manifest
 from mmfm_core.metrics.overlap import dice
@@ -38,24 +40,46 @@ def chance(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
 
 
 def flair_threshold(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
-    """Lesions are where FLAIR exceeds a threshold: the one with the best mean Dice on training studies.
+    """Lesions are where FLAIR exceeds a threshold: the one with the best mean Dice on training studies."""
+    return threshold(run, head, ("flair",))
 
-    Intensities are normalised as the model sees them.
+
+def threshold(run: Path, head: str, contrasts: Collection[str]) -> float:
+    """Lesions are where one of the contrasts is above, or below, a value: the three that are best on training studies.
+
+    Intensities are normalised as the model sees them. Best is the mean Dice, and what is returned is that on test
+    studies.
     """
     federation = Run.open(run).federation
     datasets = [load_dataset(site, federation.model) for site in _sites(run)]
-    candidates = np.arange(0.0, 6.0, 0.1)
-    scores = [np.nanmean(list(_dice_above(datasets, head, "train", candidate))) for candidate in candidates]
-    best = float(candidates[int(np.nanargmax(scores))])
-    return float(np.nanmean(list(_dice_above(datasets, head, "test", best))))
+    rules = [(c, sign, value) for c in contrasts for sign in (1, -1) for value in np.arange(-3.0, 6.0, 0.1)]
+    scores = [np.nanmean(list(_dice_beyond(datasets, head, "train", *rule))) for rule in rules]
+    return float(np.nanmean(list(_dice_beyond(datasets, head, "test", *rules[int(np.nanargmax(scores))]))))
 
 
-def _dice_above(datasets: list[Dataset], head: str, split: str, threshold: float) -> Iterator[float]:
+def _dice_beyond(
+    datasets: list[Dataset], head: str, split: Split, contrast: str, sign: int, value: float
+) -> Iterator[float]:
     for dataset in datasets:
-        batch = dataset.batch(dataset.rows(split, [head]))  # type: ignore[arg-type]
+        batch = dataset.batch(dataset.rows(split, [head]))
         if len(batch):
-            found = (batch.inputs["flair"][:, 0] > threshold).long()
+            found = (sign * batch.inputs[contrast][:, 0] > sign * value).long()
             yield from dice(found, batch.targets[head].long(), 2)[:, 0].tolist()
+
+
+def shown(run: Path, head: str, modalities: Collection[str]) -> pd.DataFrame:
+    """What the last shared state predicts of test studies of which it sees no other modality."""
+    federation = Run.open(run).federation
+    model = full_model(federation.model, federation.seed)
+    checkpoint = Run.open(run).checkpoint()
+    assert checkpoint is not None
+    load(model, checkpoint[1])
+    predicted = [
+        p.table.assign(site=site.name, patient=site.name + "/" + p.table["patient"])
+        for site in _sites(run)
+        for p in predict(model, load_dataset(site, federation.model), "test", [head], modalities)
+    ]
+    return pd.concat(predicted, ignore_index=True)
 
 
 def unmoved(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:

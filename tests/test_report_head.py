@@ -12,7 +12,7 @@ from mmfm_core.config.site import Site
 from mmfm_core.data.dataset import Batch, load_dataset
 from mmfm_core.data.manifest import Study
 from mmfm_core.errors import MmfmError
-from mmfm_core.models.heads.report import NOTHING, Report, words
+from mmfm_core.models.heads.report import NOTHING, Report, ReportHead, words
 from mmfm_core.models.model import MultimodalModel, full_model
 from mmfm_core.models.tasks import Encoding
 from mmfm_core.text import Tokenizer, open_tokenizer
@@ -144,6 +144,88 @@ def test_beam_search_finds_likelier_reports_than_the_likeliest_token_at_each_ste
     gains = [log_likelihood(model, beams=4) - log_likelihood(model, beams=1) for model in models]
     assert max(gains) > 0.01
     assert sum(gains) > 0.01
+
+
+def test_smoothing_is_of_the_loss_that_trains_and_not_of_the_one_that_validates():
+    config = model_of(label_smoothing=0.2, dropout=0.0)
+    model, batch = full_model(config, seed=0), batch_of(config, REPORTS)
+    head = model.heads["report"]
+    logits = head(Encoding(model, batch))
+    smoothed, plain = head.train().loss(logits, batch), head.eval().loss(logits, batch)
+    for row, report in enumerate(REPORTS):
+        ids = [byte + 3 for byte in report.encode()] + [head.tokenizer.end_id]
+        log = logits[row, : len(ids)].log_softmax(-1)
+        chosen = log[torch.arange(len(ids)), ids]
+        torch.testing.assert_close(plain[row], -chosen.mean())
+        torch.testing.assert_close(smoothed[row], -(0.8 * chosen + 0.2 * log.mean(-1)).mean())
+
+
+def test_without_dropout_training_sees_the_whole_decoder():
+    batch = batch_of(model_of(), REPORTS)
+
+    def outputs(dropout: float) -> tuple[Tensor, Tensor]:
+        model = full_model(model_of(dropout=dropout), seed=0).train()
+        head, encoding = model.heads["report"], Encoding(model, batch)  # which is computed once
+        return head(encoding), head(encoding)
+
+    assert torch.equal(*outputs(0.0))
+    assert not torch.equal(*outputs(0.3))
+
+
+@torch.no_grad()
+def test_no_run_of_tokens_is_written_twice_where_that_is_asked():
+    batch = batch_of(model_of(), REPORTS)
+    repeats = []
+    for rule in (0, 3):
+        model = full_model(model_of(beams=1, no_repeat_ngram=rule), seed=0).eval()  # untrained, it repeats itself
+        rows = model.heads["report"].generate(Encoding(model, batch)).tolist()
+        runs = [[tuple(row[i : i + 3]) for i in range(len(row) - 2)] for row in rows]
+        repeats.append(sum(len(each) - len(set(each)) for each in runs))
+    assert repeats[0] > 0
+    assert repeats[1] == 0
+
+
+@torch.no_grad()
+def test_draws_differ_between_studies_that_look_alike_and_are_the_same_again():
+    config = model_of(beams=1, temperature=1.0)
+    model, batch = full_model(config, seed=0).eval(), batch_of(config, REPORTS).rows([0, 0, 0])
+    head = model.heads["report"]
+    before = torch.random.get_rng_state()
+    first = head.generate(Encoding(model, batch))
+    assert torch.equal(torch.random.get_rng_state(), before), "training that follows must not depend on it"
+    assert len({tuple(row) for row in first.tolist()}) == 3
+    assert torch.equal(head.generate(Encoding(model, batch)), first)
+
+
+@torch.no_grad()
+def test_tokens_are_drawn_as_often_as_the_tempered_decoder_thinks_them_likely():
+    config = model_of(beams=1, temperature=0.5)
+    model = full_model(config, seed=0).eval()
+    batch = batch_of(config, REPORTS[:1]).rows([0] * 4000)
+    head, encoding = model.heads["report"], Encoding(model, batch)
+    head.decoder.lm_head.weight.mul_(40)  # untrained, all are nearly alike
+    logits = head(encoding)[0, 0].clone()
+    logits[sorted(head.tokenizer.special - {head.tokenizer.end_id})] = -torch.inf
+    expected = (logits / 0.5).softmax(-1)
+    head.search.max_length = 2
+    drawn = torch.bincount(head.generate(encoding)[:, 1], minlength=len(expected)) / 4000
+    assert expected.max() < 0.9
+    assert (drawn - expected).abs().max() < 4 * 0.5 / 4000**0.5
+
+
+def test_a_length_penalty_makes_beam_search_prefer_longer_reports():
+    batch = batch_of(model_of(), REPORTS)
+    model = overfitted(model_of(beams=4), batch, 45)  # unsure of what it says
+    lengths = []
+    for penalty in (-4.0, 4.0):
+        head = ReportHead(
+            "report", 24, model_of(beams=4, length_penalty=penalty).heads["report"], model.heads["report"].tokenizer
+        )
+        head.load_state_dict(model.heads["report"].state_dict())
+        with torch.no_grad():
+            written = head.eval().generate(Encoding(model, batch))
+        lengths.append(int((written != head.tokenizer.pad_id).sum()))
+    assert lengths[0] < lengths[1]
 
 
 def test_the_loss_is_the_mean_over_a_reports_own_tokens():

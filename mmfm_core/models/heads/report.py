@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
@@ -24,6 +24,7 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.metrics import reports
 from mmfm_core.metrics.statistic import Statistic, mean_of
 from mmfm_core.models.encoders.vit import check_transformer
+from mmfm_core.models.model import seeded
 from mmfm_core.models.tasks import Encoding, Head
 from mmfm_core.text import Tokenizer, open_tokenizer
 from mmfm_core.text.findings import label_findings
@@ -39,7 +40,16 @@ class Report(HeadConfig):
         max_length: tokens of a report, its start and end included; a longer one is cut, as reference too.
         depth: layers of the decoder.
         heads: attention heads of each.
+        dropout: share of embeddings, attention weights and layer outputs that the decoder does not see in training.
+        label_smoothing: share of the target that goes to all tokens alike in training (Szegedy et al. 2016), so that
+            a decoder of few reports stays unsure; the loss that it is trained by then never reaches zero.
         beams: beams of the search; 1 takes the likeliest token at each step.
+        temperature: 0 searches for the likeliest report, which of few studies is soon the commonest one's. Above it,
+            tokens are drawn, from what the decoder thinks of them sharpened (below 1) or flattened; the draws are the
+            same whenever the same batch is written.
+        length_penalty: beams are ranked by their log-likelihood divided by their length to this power: above 1 for
+            longer reports than the mean log-likelihood would give, below 1 for shorter ones.
+        no_repeat_ngram: no run of so many tokens is written twice in a report; 0 for no such rule.
     """
 
     METRICS = ("bleu4", "rouge_l", "finding_f1", "finding_f1_macro", "distinct")
@@ -48,7 +58,12 @@ class Report(HeadConfig):
     max_length: int = Field(default=128, ge=3)
     depth: PositiveInt = 2
     heads: PositiveInt = 3
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     beams: PositiveInt = 3
+    temperature: NonNegativeFloat = 0.0
+    length_penalty: float = 1.0
+    no_repeat_ngram: NonNegativeInt = 0
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -132,6 +147,7 @@ class ReportHead(Head):
     def __init__(self, name: str, dim: int, config: Report, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.name, self.encoders, self.tokenizer = name, config.encoders, tokenizer
+        self.label_smoothing = config.label_smoothing
         self.decoder = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=tokenizer.size,
@@ -141,13 +157,19 @@ class ReportHead(Head):
                 n_head=config.heads,
                 bos_token_id=tokenizer.start_id,
                 eos_token_id=tokenizer.end_id,
+                resid_pdrop=config.dropout,
+                embd_pdrop=config.dropout,
+                attn_pdrop=config.dropout,
                 add_cross_attention=True,
                 tie_word_embeddings=False,  # one tensor used twice has no per-patient gradient
             )
         )
         self.search = GenerationConfig(
             num_beams=config.beams,
-            do_sample=False,
+            do_sample=config.temperature > 0,
+            **({"temperature": config.temperature, "top_k": 0} if config.temperature else {}),  # of all tokens
+            length_penalty=config.length_penalty if config.beams > 1 else None,  # which a search without beams refuses
+            no_repeat_ngram_size=config.no_repeat_ngram,
             max_length=config.max_length,
             bos_token_id=tokenizer.start_id,
             eos_token_id=tokenizer.end_id,
@@ -165,9 +187,11 @@ class ReportHead(Head):
         return logits
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy, [B]: the mean over a report's own tokens and its end."""
+        """Cross-entropy, [B]: the mean over a report's own tokens and its end, smoothed in training alone."""
         following = batch.targets[self.name][:, 1:]
-        each = F.cross_entropy(outputs.transpose(1, 2), following, ignore_index=NOTHING, reduction="none")
+        smoothing = self.label_smoothing if self.training else 0.0
+        logits = outputs.transpose(1, 2)
+        each = F.cross_entropy(logits, following, ignore_index=NOTHING, reduction="none", label_smoothing=smoothing)
         return each.sum(1) / (following != NOTHING).sum(1).clamp(min=1)
 
     def predict(self, encoding: Encoding) -> dict[str, list[str]]:
@@ -184,7 +208,8 @@ class ReportHead(Head):
         # Of its own, generate() makes a cache that cross-attention cannot use.
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         seen = self._seen(encoding)
-        ids = self.decoder.generate(start, self.search, attention_mask=start >= 0, past_key_values=cache, **seen)
+        with seeded("draws", self.name):
+            ids = self.decoder.generate(start, self.search, attention_mask=start >= 0, past_key_values=cache, **seen)
         return cast(Tensor, ids)
 
     def _seen(self, encoding: Encoding) -> dict[str, Tensor]:
