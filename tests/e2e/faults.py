@@ -237,7 +237,7 @@ def bad_line(world: World) -> None:
 
 
 def straggler(world: World) -> None:
-    """A site's agent stands still for three rounds' deadlines, then goes on."""
+    """A site's agent stands still for three rounds, then goes on."""
     run, slow = world.run("straggler", rounds=7, deadline=25.0 * PACE), world.hospitals[3]
     wait(lambda: world.round_reached(run, 1), LONG)
     slow.kill(signal.SIGSTOP, AGENT)
@@ -250,7 +250,8 @@ def straggler(world: World) -> None:
     assert len(absent) >= 2
     assert slow.name in took[7], "it was not accepted again"
     assert all(set(SITES) - {slow.name} <= names for names in took.values())
-    assert any("no answer within" in text or "did not answer" in text for text in events(run, slow.name))
+    # The relay notices that nobody answers at the socket, and says so before the deadline.
+    assert sum("answer" in text for text in events(run, slow.name)) == len(absent)
     assert max(seconds_of_rounds(run)) < 25 * PACE + 20
 
 
