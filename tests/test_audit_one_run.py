@@ -19,6 +19,7 @@ from mmfm_core.privacy.audit.canaries import RECORDS
 from mmfm_core.privacy.engines import ENGINES
 from mmfm_core.privacy.randomness import chosen
 from mmfm_core.privacy.step import Mechanism, noisy_gradients
+from server.methods import apply
 from server.one_run import one_run
 
 NOISE, STEPS, DELTA = 16, 60, 1e-5
@@ -77,7 +78,7 @@ def test_scores_that_tell_nothing_show_nothing_and_perfect_ones_the_most_that_ca
 
 @pytest.mark.parametrize("engine", ["bookkeeping", "loop"])
 def test_a_sound_federation_stays_below_its_ledger(engine: str) -> None:
-    canaries = CANARIES if engine == "bookkeeping" else 200  # the loop takes them one by one
+    canaries = CANARIES if engine == "bookkeeping" else 100  # the loop takes them one by one
     audited = one_run(federation(engine=engine), canaries)
     assert audited.promised == pytest.approx(epsilon(NOISE, 1.0, STEPS, DELTA))
     assert audited.found.epsilon < THEORY
@@ -85,6 +86,13 @@ def test_a_sound_federation_stays_below_its_ledger(engine: str) -> None:
 
 def test_a_local_head_that_is_trained_in_the_same_step_costs_nothing_more() -> None:
     assert one_run(federation(LOCAL_HEAD), CANARIES).found.epsilon < THEORY
+
+
+@pytest.mark.parametrize("method", ["scaffold", "fedrep", "ditto"])
+def test_what_a_method_adds_to_a_round_is_under_the_same_promise(method: str) -> None:
+    audited = one_run(apply(method, federation(), 2), 200)
+    assert audited.promised == pytest.approx(epsilon(NOISE, 1.0, STEPS, DELTA))
+    assert audited.found.epsilon < THEORY
 
 
 def test_without_privacy_everybody_is_found() -> None:

@@ -11,8 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mmfm_core.config import Federation
 from mmfm_core.errors import MmfmError
+from mmfm_core.privacy.randomness import Floats
 
 ORDERS = (*range(2, 64), 128, 256, 512)
 """Pinned, as a budget must not change with a library's default. Whole, as the series of others may not converge."""
@@ -46,9 +49,8 @@ def tight_epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
     return _spent(PLDAccountant(), [Charge(noise, rate, steps)], delta)
 
 
-def privacy_curve(charge: Charge, points: int = 60) -> tuple[Any, Any]:
+def privacy_curve(charge: Charge, points: int = 60) -> tuple[Floats, Floats]:
     """Epsilons, and for each the delta at which the schedule keeps it, [points], by privacy loss distribution."""
-    import numpy as np
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.pld import PLDAccountant
 
