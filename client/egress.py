@@ -7,6 +7,7 @@ that was noted elsewhere, which `verify` takes.
 
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -109,8 +110,12 @@ class EgressLog:
     def _rows(self, order: str = "number") -> Iterator[tuple[int, str, str]]:
         if not self.path.is_file():
             return
+        # Who may write takes back what a killed process left half-written; who may not can only read a log at rest.
+        mode = "rw" if os.access(self.path, os.W_OK) else "ro"
         try:
-            with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", BUSY_SECONDS, uri=True)) as log:
+            with closing(
+                sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", BUSY_SECONDS, uri=True)
+            ) as log:
                 yield from log.execute(f"SELECT number, entry, hash FROM egress ORDER BY {order}")  # noqa: S608 (ours)
         except sqlite3.Error as error:
             raise MmfmError(f"is damaged or cannot be read ({error}); restore it from a backup", self._name) from error

@@ -100,7 +100,7 @@ def described(site: SiteDescription, release: Release) -> SiteDescription:
     )
 
 
-def measured(metrics: Iterable[Metric], release: Release, privacy: Privacy | None) -> list[Metric]:
+def measured(metrics: Iterable[Metric], release: Release, privacy: Privacy | None = None) -> list[Metric]:
     """A site's figures, without those over too few studies to be told; none where the document withholds them."""
     if privacy and privacy.figures == "withheld":
         return []

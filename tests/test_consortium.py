@@ -62,6 +62,7 @@ def hospitals(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a dozen processes: minutes where other tests want the cores too
 def test_from_nothing_to_a_run_that_equals_the_simulation(
     coordinator: Coordinator,
     hospitals: list[Hospital],
@@ -75,7 +76,7 @@ def test_from_nothing_to_a_run_that_equals_the_simulation(
         .directory.joinpath("federation.yaml")
         .read_text()
     )
-    told = coordinator.mmfm("run", document)
+    told = coordinator.mmfm("run", document, seconds=900)
     assert "round 2/2" in told
     assert (coordinator.directory / "runs" / "tiny" / "report.html").is_file()
     in_process.simulate(tmp_path / "reference")
