@@ -34,6 +34,13 @@ def commonest_report(run: Path, head: str, metric: str, table: pd.DataFrame) -> 
     return _value(federation, head, metric, table.assign(generated=commonest))
 
 
+def dealt_to_others(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
+    """The run's own reports, each dealt to another patient: what they say whatever the image. Mean of ten deals."""
+    federation, random = Run.open(run).federation, np.random.default_rng(0)
+    dealt = (table.assign(generated=random.permutation(table["generated"])) for _ in range(10))
+    return float(np.mean([_value(federation, head, metric, one) for one in dealt]))
+
+
 def chance(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
     """Five times what a random order finds."""
     return 5 * _value(Run.open(run).federation, head, metric.replace("_at_", "_chance_at_"), table)
@@ -110,6 +117,7 @@ def _sites(run: Path) -> Iterator[Site]:
 REFERENCES: dict[str, Reference] = {
     "affine": affine,
     "commonest report": commonest_report,
+    "dealt to others": dealt_to_others,
     "five times chance": chance,
     "FLAIR threshold": flair_threshold,
     "unmoved": unmoved,
