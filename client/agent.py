@@ -167,7 +167,7 @@ class Agent:
         tensors = {**p.initial, **request.tensors, **kept}
         before = {name: tensors[name] for name in p.initial}
         load(p.model, before)
-        metrics = self._measure(p, "shared", this.evaluates)
+        metrics = self._measure(p, "shared", self._wanted(p, this))
         weights: dict[str, float] = {}
         leaving: Tensors = {}
         loss = None
@@ -207,6 +207,11 @@ class Agent:
             tensors=leaving,
         )
         return private.keep(request, reply) if private else reply
+
+    def _wanted(self, p: Participation, this: Round) -> tuple[Split, ...]:
+        """The splits to measure: of withheld figures only the test split's, whose predictions the site keeps."""
+        withheld = p.federation.privacy and p.federation.privacy.withholds
+        return tuple(split for split in this.evaluates if split == "test" or not withheld)
 
     def _randomness(self, p: Participation, this: Round) -> AbstractContextManager[None]:
         """Of masks, dropout and the order of studies: repeatable, but secret where privacy must not depend on it."""

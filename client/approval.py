@@ -96,7 +96,11 @@ def sentences(proposal: Proposal) -> Iterator[str]:
     labels = ", ".join(name for name in model.heads if name in site.targets) or "none"
     yield f"READS: of {site.manifest}, the modalities {reads}, and labels of {labels}."
     yield _leaving(proposal)
-    yield "LEAVES: no metric and no loss." if withholds(federation) else _figures(federation, least)
+    yield (
+        "LEAVES: no metric and no loss."
+        if federation.privacy and federation.privacy.withholds
+        else _figures(federation, least)
+    )
     yield (
         "LEAVES, when the coordinator asks who is here: counts of studies, patients and labels by split, rounded up to "
         f"multiples of {least}. And refusals, with a reason that names no patient, file or row."
@@ -107,11 +111,6 @@ def sentences(proposal: Proposal) -> Iterator[str]:
     stays += ["what is adapted here"] * any(not stage.federated for stage in federation.stages)
     yield f"NEVER LEAVES: {', '.join(stays)}."
     yield from protection(federation, site)
-
-
-def withholds(federation: Federation) -> bool:
-    """Whether a document keeps all figures at the sites."""
-    return federation.privacy is not None and federation.privacy.figures == "withheld"
 
 
 def protection(federation: Federation, site: Site) -> Iterator[str]:
@@ -146,11 +145,12 @@ def _leaving(proposal: Proposal) -> str:
         f"{block} ({count} tensors, {_bytes({n: t for n, t in most.items() if block_of(n) == block}) / MB:.3f} MB)"
         for block, count in _by_block(most).items()
     ]
+    loss = "" if federation.privacy and federation.privacy.withholds else ", and the mean training loss"
     return (
         f"LEAVES, in each of {len(rounds)} rounds: the trained parameters of {', '.join(each)}; "
         f"{_bytes(most) / MB:.3f} MB a round at most, {total / MB:.3f} MB in all, unless a round is repeated. With "
         "them, how many training studies stand behind each of these blocks, rounded up to multiples of "
-        f"{proposal.site.release.min_count}{'' if withholds(federation) else ', and the mean training loss'}."
+        f"{proposal.site.release.min_count}{loss}."
     )
 
 

@@ -102,7 +102,7 @@ def described(site: SiteDescription, release: Release) -> SiteDescription:
 
 def measured(metrics: Iterable[Metric], release: Release, privacy: Privacy | None = None) -> list[Metric]:
     """A site's figures, without those over too few studies to be told; none where the document withholds them."""
-    if privacy and privacy.figures == "withheld":
+    if privacy and privacy.withholds:
         return []
     return [
         replace(m, n=release.count(m.n), value=None, low=None, high=None)
@@ -114,7 +114,7 @@ def measured(metrics: Iterable[Metric], release: Release, privacy: Privacy | Non
 
 def told(loss: float | None, privacy: Privacy | None) -> float | None:
     """The mean training loss, unless the document withholds it."""
-    return None if privacy and privacy.figures == "withheld" else loss
+    return None if privacy and privacy.withholds else loss
 
 
 def weighed(weights: Mapping[str, float], release: Release) -> dict[str, float]:

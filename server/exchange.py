@@ -37,19 +37,22 @@ def ask(
     Questions are built one at a time, and an answer is not kept: memory does not grow with the number of sites.
 
     Args:
-        deadline: seconds, for all nodes or for each one.
+        deadline: seconds, for all nodes or for each one, from when its question is about to be sent: a busy machine
+            may take long over that.
     """
     waiting: dict[str, int] = {}
     seconds: dict[int, float] = {}
+    due: dict[int, float] = {}
+    asked = time.monotonic()
     for node in nodes:
         seconds[node] = deadline(node) if callable(deadline) else deadline
+        due[node] = time.monotonic() + seconds[node]
         message = Message(question(node), dst_node_id=node, message_type=kind, ttl=seconds[node])
         (identifier,) = list(grid.push_messages([message])) or [None]
         if identifier is None:
             yield Answer(node, None, "Flower could not send it the question")
         else:
             waiting[identifier] = node
-    asked = time.monotonic()
     while waiting:
         arrived = False
         for reply in grid.pull_messages(list(waiting)):
@@ -59,10 +62,10 @@ def ask(
                 yield _answer(node, reply)
         # What has arrived is taken, however late: in one process, a site only begins when the one before it is done.
         if not arrived:
-            passed = time.monotonic() - asked
-            if all(passed > seconds[node] for node in waiting.values()):
+            now = time.monotonic()
+            if all(now > due[node] for node in waiting.values()):
                 break
-            time.sleep(max(POLL_SECONDS, min(LONGEST_POLL, POLL_SHARE * passed)))
+            time.sleep(max(POLL_SECONDS, min(LONGEST_POLL, POLL_SHARE * (now - asked))))
     for node in waiting.values():
         yield Answer(node, None, f"no answer within {seconds[node]:.3g} s")
 

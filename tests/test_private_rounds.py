@@ -187,11 +187,6 @@ def test_a_round_that_fails_costs_nothing(
     assert isinstance(reply, RoundReply)
 
 
-def local_noise(folder: Path, federation: Federation, sites: dict[str, Site]) -> tuple[Coordination, Agent]:
-    together = coordination(folder, federation, sites)
-    return together, together.agents["north"]
-
-
 def test_the_local_head_is_trained_by_the_same_noised_step(tmp_path: Path, sites: dict[str, Site]) -> None:
     """Under much noise its values are noise; a step of its own without any would leave them near the start."""
     kept = {"local": ["heads.*"]}
@@ -205,7 +200,8 @@ def test_the_local_head_is_trained_by_the_same_noised_step(tmp_path: Path, sites
             ]
         }
     )
-    together, agent = local_noise(tmp_path, quiet, sites)
+    together = coordination(tmp_path, quiet, sites)
+    agent = together.agents["north"]
     reply, _ = ask(agent, together.request("north", 1))
     assert isinstance(reply, RoundReply)
     assert not [name for name in reply.tensors if name.startswith("heads.")]

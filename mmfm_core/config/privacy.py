@@ -42,6 +42,11 @@ class Privacy(Strict):
     figures: Literal["withheld", "exact"] = "withheld"
     counts: Literal["public"] = "public"
 
+    @property
+    def withholds(self) -> bool:
+        """Whether no metric and no loss leaves a site."""
+        return self.figures == "withheld"
+
 
 def leaks(model: Model, tasks: Mapping[str, TaskConfig]) -> Iterator[str]:
     """What of a document would make a patient's gradient depend on other patients, as 'FIELD: why; remedy'."""
