@@ -32,7 +32,7 @@ from mmfm_core.protocol import (
     to_records,
 )
 from mmfm_core.storage import Tensors, read_tensors
-from server import attendance, patience
+from server import attendance, exchange, patience
 from server.coordinator import coordinate
 from server.display import Display, RunProgress
 from server.engines.in_process import InProcessGrid
@@ -500,3 +500,32 @@ def test_a_site_that_refused_is_asked_again_later(tmp_path: Path, monkeypatch: p
     coordinate(FakeGrid(Site("north"), south), run)
     assert south.asked == [2, 3]
     assert any("takes part from round 2 on" in line["text"] for line in read_lines(run.events))
+
+
+def test_the_deadline_counts_from_before_a_question_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that took a minute to send it once made a round of 180 s last 243."""
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            self.now += seconds
+
+    clock = Clock()
+
+    class Sluggish(InProcessGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            clock.now += 60
+            return super().push_messages(messages)
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            return []
+
+    monkeypatch.setattr(exchange, "time", clock)
+    grid = Sluggish(ClientApp(), 1)
+    (answer,) = exchange.ask(grid, [1], lambda _: to_records(Describe("a" * 64)), "query", 180.0)
+    assert answer.problem == "no answer within 180 s"
+    assert 180 < clock.now < 180 + 2 * exchange.LONGEST_POLL
