@@ -29,6 +29,7 @@ from mmfm_core.data.features import with_features
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel, seeded
 from mmfm_core.models.parameters import CONTROL, block_of, fates_of, held, matches
+from mmfm_core.privacy.figures import noised_metrics
 from mmfm_core.privacy.ledger import Ledger
 from mmfm_core.privacy.step import patients_of, unpredictable
 from mmfm_core.protocol import Describe, Metric, Refusal, RoundReply, RoundRequest, SiteDescription
@@ -159,15 +160,17 @@ class Agent:
         this = p.rounds[request.round - 1]
         shared = {name: p.initial[name] for name in held(p.fates, "shared")}
         gates.check_tensors(request.tensors, shared | controls_of(p.federation, this, shared))
-        private = p.private if this.returns_tensors else None
+        private = p.private if p.private and p.private.charge(this) else None
         if private and (known := private.answered(request)):
             return known
+        if private and not this.returns_tensors:
+            private.reserve(this)  # of figures; a round that fails is taken again for what was reserved
         kept = p.state.before(this.number)
         # What was adapted here comes last: after the last upload it stands over the shared state.
         tensors = {**p.initial, **request.tensors, **kept}
         before = {name: tensors[name] for name in p.initial}
         load(p.model, before)
-        metrics = self._measure(p, "shared", self._wanted(p, this))
+        metrics = self._measure(p, "shared", self._told(p, this.evaluates))
         weights: dict[str, float] = {}
         leaving: Tensors = {}
         loss = None
@@ -175,10 +178,10 @@ class Agent:
             own = {name.removeprefix(PERSONAL): array for name, array in kept.items() if name.startswith(PERSONAL)}
             if own:
                 load(p.model, before | own)
-                metrics += self._measure(p, "adapted", ("val", "test"))
+                metrics += self._measure(p, "adapted", self._told(p, ("val", "test")))
         elif this.stage.federated:
             trained = self._trained(p, this.stage)
-            with self._randomness(p, this), private.paid(this.number, this.stage) if private else nullcontext():
+            with self._randomness(p, this), private.paid(this) if private else nullcontext():
                 mechanism = private.mechanism(self._patients(p, this.stage)) if private else None
                 learned = learn(p.model, p.dataset, this.stage, trained, list(shared), request.tensors, kept, mechanism)
                 leaving = gates.releasable(learned.after, [n for n in trained if n in shared])
@@ -194,7 +197,7 @@ class Agent:
                 loss = train(p.model, p.dataset, this.stage, trained)
                 share, after = choose(p.model, p.dataset, this.stage, before, arrays(p.model))
             load(p.model, after)
-            metrics += self._measure(p, "adapted", ("val", "test"))
+            metrics += self._measure(p, "adapted", self._told(p, ("val", "test")))
             metrics += interpolations(p, this.stage, share)
             p.state.save(this.number, {name: after[name] for name in {*trained, *held(p.fates, "local")}})
         reply = RoundReply(
@@ -208,10 +211,10 @@ class Agent:
         )
         return private.keep(request, reply) if private else reply
 
-    def _wanted(self, p: Participation, this: Round) -> tuple[Split, ...]:
-        """The splits to measure: of withheld figures only the test split's, whose predictions the site keeps."""
-        withheld = p.federation.privacy and p.federation.privacy.withholds
-        return tuple(split for split in this.evaluates if split == "test" or not withheld)
+    def _told(self, p: Participation, splits: tuple[Split, ...]) -> tuple[Split, ...]:
+        """The splits to measure: without exact figures only the test split, whose predictions the site keeps."""
+        exact = not p.federation.privacy or p.federation.privacy.exact
+        return tuple(split for split in splits if split == "test" or exact)
 
     def _randomness(self, p: Participation, this: Round) -> AbstractContextManager[None]:
         """Of masks, dropout and the order of studies: repeatable, but secret where privacy must not depend on it."""
@@ -226,12 +229,16 @@ class Agent:
 
     def _measure(self, p: Participation, state: str, splits: tuple[Split, ...]) -> list[Metric]:
         metrics = []
+        privacy = p.federation.privacy
         for split in splits:
             for predictions in predict(p.model, p.dataset, split):
-                metrics += metrics_of(predictions, p.federation, split, state)
+                if not privacy or privacy.exact:
+                    metrics += metrics_of(predictions, p.federation, split, state)
+                elif privacy.figures == "noised" and (state, split) == ("shared", "test"):
+                    metrics += noised_metrics(predictions, p.federation)
                 if split == "test":
                     write_predictions(self.directory, state, predictions)
-            if split == "test":
+            if split == "test" and (not privacy or privacy.exact):
                 metrics += self._measure_subsets(p, state)
         return metrics
 

@@ -18,7 +18,7 @@ from mmfm_core.config.rounds import rounds_of
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel
 from mmfm_core.models.parameters import block_of, fates_of, held, matches
-from mmfm_core.privacy.accounting import composed, schedule_of
+from mmfm_core.privacy.accounting import composed, costs_of
 from mmfm_core.privacy.statement import statement
 from mmfm_core.storage import Tensors
 
@@ -96,11 +96,7 @@ def sentences(proposal: Proposal) -> Iterator[str]:
     labels = ", ".join(name for name in model.heads if name in site.targets) or "none"
     yield f"READS: of {site.manifest}, the modalities {reads}, and labels of {labels}."
     yield _leaving(proposal)
-    yield (
-        "LEAVES: no metric and no loss."
-        if federation.privacy and federation.privacy.withholds
-        else _figures(federation, least)
-    )
+    yield _figures(federation, least)
     yield (
         "LEAVES, when the coordinator asks who is here: counts of studies, patients and labels by split, rounded up to "
         f"multiples of {least}. And refusals, with a reason that names no patient, file or row."
@@ -123,7 +119,7 @@ def protection(federation: Federation, site: Site) -> Iterator[str]:
         return
     for term, sentence in statement(federation):
         yield f"PRIVACY, {term[0].lower()}{term[1:]}: {sentence}"
-    cost = composed([schedule_of(federation)], site.budget.delta)
+    cost = composed(costs_of(federation), site.budget.delta)
     yield (
         f"BUDGET: this document would cost ε {cost:.3f} of this site's ε {site.budget.epsilon:g} at δ "
         f"{site.budget.delta:g}; `mmfm site ledger show` says what is spent. Beyond the budget a round is refused."
@@ -145,7 +141,7 @@ def _leaving(proposal: Proposal) -> str:
         f"{block} ({count} tensors, {_bytes({n: t for n, t in most.items() if block_of(n) == block}) / MB:.3f} MB)"
         for block, count in _by_block(most).items()
     ]
-    loss = "" if federation.privacy and federation.privacy.withholds else ", and the mean training loss"
+    loss = ", and the mean training loss" if not federation.privacy or federation.privacy.exact else ""
     return (
         f"LEAVES, in each of {len(rounds)} rounds: the trained parameters of {', '.join(each)}; "
         f"{_bytes(most) / MB:.3f} MB a round at most, {total / MB:.3f} MB in all, unless a round is repeated. With "
@@ -155,6 +151,14 @@ def _leaving(proposal: Proposal) -> str:
 
 
 def _figures(federation: Federation, least: int) -> str:
+    if federation.privacy and federation.privacy.figures == "withheld":
+        return "LEAVES: no metric and no loss."
+    if federation.privacy and federation.privacy.figures == "noised":
+        return (
+            f"LEAVES, once at the end, with noise: the AUROC of {', '.join(federation.noised_heads)} with the shared "
+            f"model on this site's own test patients, unless they have fewer than {least} studies. No other metric, "
+            "and no loss."
+        )
     heads = [f"{', '.join(federation.metrics_of(name))} of '{name}'" for name in federation.model.heads]
     subsets = any(evaluation.subsets for evaluation in federation.evaluation.values())
     return (

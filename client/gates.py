@@ -101,9 +101,9 @@ def described(site: SiteDescription, release: Release) -> SiteDescription:
 
 
 def measured(metrics: Iterable[Metric], release: Release, privacy: Privacy | None = None) -> list[Metric]:
-    """A site's figures, without those over too few studies to be told; none where the document withholds them."""
-    if privacy and privacy.withholds:
-        return []
+    """A site's figures, without those over too few studies to be told; where the document is private, as it says."""
+    if privacy and not privacy.exact:
+        metrics = [m for m in metrics if m.noised and privacy.figures == "noised"]
     return [
         replace(m, n=release.count(m.n), value=None, low=None, high=None)
         if m.n < release.min_count
@@ -113,8 +113,8 @@ def measured(metrics: Iterable[Metric], release: Release, privacy: Privacy | Non
 
 
 def told(loss: float | None, privacy: Privacy | None) -> float | None:
-    """The mean training loss, unless the document withholds it."""
-    return None if privacy and privacy.withholds else loss
+    """The mean training loss, unless the document keeps it at the site."""
+    return loss if privacy is None or privacy.exact else None
 
 
 def weighed(weights: Mapping[str, float], release: Release) -> dict[str, float]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from mmfm_core.config.federation import Federation, Stage
+from mmfm_core.config.federation import Federation
 from mmfm_core.config.privacy import Privacy
+from mmfm_core.config.rounds import Round
 from mmfm_core.config.site import Budget
 from mmfm_core.errors import MmfmError
 from mmfm_core.privacy.accounting import Charge, schedule_of
@@ -58,6 +59,13 @@ class PrivateRounds:
         p = self.privacy
         return Mechanism(self.schedule.noise, p.max_grad_norm, p.rate, patients, p.views, p.engine)
 
+    def charge(self, this: Round) -> Charge | None:
+        """What a round costs each patient; None where nothing that it sends is of a patient."""
+        if this.stage and this.returns_tensors:
+            return Charge(self.schedule.noise, self.schedule.rate, this.stage.local_steps)
+        tells = self.privacy.figures == "noised" and "test" in this.evaluates
+        return Charge(self.privacy.figure_noise, 1.0, 1) if tells else None
+
     def answered(self, request: RoundRequest) -> RoundReply | None:
         """The answer that a round had before; None where it has to be computed.
 
@@ -73,21 +81,30 @@ class PrivateRounds:
         reply = TypeAdapter(RoundReply).validate_json((folder / "reply.json").read_bytes())
         return replace(reply, tensors=read_tensors(folder / "reply.safetensors"))
 
+    def reserve(self, this: Round) -> None:
+        """Pay for a round.
+
+        Raises:
+            MmfmError: see `Ledger.reserve`.
+        """
+        charge = self.charge(this)
+        assert charge
+        budget = Limit(self.budget.epsilon, self.budget.delta, "the budget of this site")
+        planned = Limit(self.privacy.epsilon, self.privacy.delta, "what the document may cost")
+        self.ledger.reserve(self.document, this.number, charge, budget, planned)
+
     @contextmanager
-    def paid(self, number: int, stage: Stage) -> Iterator[None]:
+    def paid(self, this: Round) -> Iterator[None]:
         """Inside the block the round is paid for; it is not if the block fails, as then nothing comes of it.
 
         Raises:
             MmfmError: see `Ledger.reserve`.
         """
-        charge = Charge(self.schedule.noise, self.schedule.rate, stage.local_steps)
-        budget = Limit(self.budget.epsilon, self.budget.delta, "the budget of this site")
-        planned = Limit(self.privacy.epsilon, self.privacy.delta, "what the document may cost")
-        self.ledger.reserve(self.document, number, charge, budget, planned)
+        self.reserve(this)
         try:
             yield
         except Exception:
-            self.ledger.withdraw(self.document, number)
+            self.ledger.withdraw(self.document, this.number)
             raise
 
     def keep(self, request: RoundRequest, reply: RoundReply) -> RoundReply:

@@ -77,6 +77,7 @@ class Metric:
         low, high: 95 % interval by bootstrap over patients, where it was computed.
         n: studies behind the figure, told as the site's policy says.
         modalities: the only ones used, joined by '+'; all that the site has where empty.
+        noised: whether it has the noise that the document's privacy asks of it, and its interval covers that too.
     """
 
     task: str
@@ -88,6 +89,7 @@ class Metric:
     low: float | None = None
     high: float | None = None
     modalities: str = ""
+    noised: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

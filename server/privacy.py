@@ -9,7 +9,7 @@ from rich.table import Table
 from mmfm_core.config import Federation, Site
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.parameters import fates_of, matches
-from mmfm_core.privacy.accounting import composed, epsilon, noise_for, schedule_of, tight_epsilon
+from mmfm_core.privacy.accounting import composed, costs_of, epsilon, noise_for, tight_epsilon
 from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
 
@@ -106,9 +106,9 @@ def warnings(found: Sequence[Choice], sites: Sequence[SiteDescription], wish: Wi
 
 def beyond_budgets(federation: Federation, files: Mapping[str, Site]) -> Iterator[str]:
     """Sites whose own budget is less than what the document would cost, even if nothing of it is spent yet."""
-    schedule = schedule_of(federation)
+    costs = costs_of(federation)
     for name, site in files.items():
-        cost = composed([schedule], site.budget.delta)
+        cost = composed(costs, site.budget.delta)
         if cost > site.budget.epsilon:
             yield (
                 f"{name}: all rounds would cost its patients ε {cost:.3f} at δ {site.budget.delta:g}, and its budget "

@@ -230,7 +230,17 @@ class Federation(Strict):
                     f"evaluation.{head}.metrics: the first metric leads, and of '{evaluation.metrics[0]}' less is "
                     "better; name another one first"
                 )
+        if self.privacy and self.privacy.figures == "noised" and not self.noised_heads:
+            raise ValueError(
+                "privacy.figures: only the 'auroc' of classification and findings can be 'noised', and no head is "
+                "measured by it; name it under evaluation, or withhold all figures"
+            )
         return self
+
+    @property
+    def noised_heads(self) -> list[str]:
+        """The heads whose AUROC can leave with noise, and is asked for."""
+        return [name for name, head in self.model.heads.items() if head.ranked and "auroc" in self.metrics_of(name)]
 
     def metrics_of(self, head: str) -> tuple[str, ...]:
         """What `head` is measured by; the first one leads."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mmfm_core.config.site import Mapping as SiteMapping
     from mmfm_core.data.manifest import Study
     from mmfm_core.data.table import Table
+    from mmfm_core.metrics.binned import Ranking
     from mmfm_core.metrics.statistic import Statistic
     from mmfm_core.models.encoders.base import Encoder
     from mmfm_core.models.fusion.base import Fusion
@@ -195,6 +196,15 @@ class HeadConfig(TaskConfig):
         A function of study weights where it can be bootstrapped, else its value; None where it is undefined.
         """
         raise NotImplementedError
+
+    @property
+    def ranked(self) -> tuple[str, ...]:
+        """The labels whose AUROCs have the head's 'auroc' for a mean, which can then be told with noise."""
+        return ()
+
+    def rankings(self, table: pd.DataFrame) -> list[Ranking]:
+        """Of each of `ranked`, how studies rank by it."""
+        return []
 
     def counts(self, table: pd.DataFrame) -> dict[str, int]:
         """What stands behind the metrics: how many of each label the table's studies have."""

@@ -26,7 +26,10 @@ class Privacy(Strict):
         views: how often a patient passes through the model in a step, each time with other masks and dropped parts;
             the mean over them is one gradient, so that they cost time and no privacy (De et al. 2022).
         engine: how gradients of patients are computed (`mmfm_core.privacy.engines`); all give the same sum.
-        figures: metrics and losses are 'withheld', or leave 'exact', which epsilon does not cover.
+        figures: metrics and losses are 'withheld'; or withheld but for the AUROC of the final shared model on test
+            patients, which leaves 'noised' and is charged as a step is (`mmfm_core.privacy.figures`); or all leave
+            'exact', which epsilon does not cover.
+        figure_noise: the noise multiplier of noised figures.
         counts: how many studies and patients a site has, rounded as its policy says, is taken as public.
     """
 
@@ -39,13 +42,14 @@ class Privacy(Strict):
     noise: PositiveFloat | None = None
     views: PositiveInt = 1
     engine: Literal["auto", "loop", "bookkeeping", "hooks"] = "auto"
-    figures: Literal["withheld", "exact"] = "withheld"
+    figures: Literal["withheld", "noised", "exact"] = "withheld"
+    figure_noise: PositiveFloat = 2.0
     counts: Literal["public"] = "public"
 
     @property
-    def withholds(self) -> bool:
-        """Whether no metric and no loss leaves a site."""
-        return self.figures == "withheld"
+    def exact(self) -> bool:
+        """Whether metrics and losses leave a site as they are."""
+        return self.figures == "exact"
 
 
 def leaks(model: Model, tasks: Mapping[str, TaskConfig]) -> Iterator[str]:

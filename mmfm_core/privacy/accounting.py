@@ -7,7 +7,7 @@ The privacy loss distribution (Koskela et al. 2020) is tighter, holds for a sche
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,14 @@ def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
 
 def tight_epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
     """The same by privacy loss distribution: for a schedule that nothing about the data can change."""
+    return tightly_composed([Charge(noise, rate, steps)], delta)
+
+
+def tightly_composed(charges: Iterable[Charge], delta: float) -> float:
+    """What steps of several kinds cost together, by privacy loss distribution: see `tight_epsilon`."""
     from dp_accounting.pld import PLDAccountant
 
-    return _spent(PLDAccountant(), [Charge(noise, rate, steps)], delta)
+    return _spent(PLDAccountant(), charges, delta)
 
 
 def privacy_curve(charge: Charge, points: int = 60) -> tuple[Floats, Floats]:
@@ -61,15 +66,21 @@ def privacy_curve(charge: Charge, points: int = 60) -> tuple[Floats, Floats]:
     return epsilons, np.array([accountant.get_delta(float(each)) for each in epsilons])
 
 
-def noise_for(target: float, rate: float, steps: int, delta: float) -> float:
+def noise_for(target: float, rate: float, steps: int, delta: float, beside: Sequence[Charge] = ()) -> float:
     """The least noise multiplier, rounded up to three digits after the point, that keeps `steps` steps within `target`.
+
+    Args:
+        beside: what is paid for out of `target` too.
 
     Raises:
         MmfmError: no noise multiplier up to 1e6 does.
     """
 
+    def spent_with(noise: float) -> float:
+        return composed([*beside, Charge(noise, rate, steps)], delta)
+
     def over(logarithm: float) -> float:
-        spent = epsilon(math.exp(logarithm), rate, steps, delta)
+        spent = spent_with(math.exp(logarithm))
         return math.log(spent / target) if 0 < spent < math.inf else (1e9 if spent else -1e9)
 
     from scipy.optimize import brentq
@@ -82,28 +93,57 @@ def noise_for(target: float, rate: float, steps: int, delta: float) -> float:
     if over(low) <= 0:
         return 1e-2
     noise = math.ceil(math.exp(brentq(over, low, high, xtol=1e-5)) * 1000) / 1000
-    return noise if epsilon(noise, rate, steps, delta) <= target else noise + 1e-3
+    return noise if spent_with(noise) <= target else noise + 1e-3
 
 
 def schedule_of(federation: Federation) -> Charge:
     """What all federated rounds of a private document cost each patient, with the least noise where it names none.
 
     Raises:
-        MmfmError: no noise keeps them within the document's epsilon, or the noise that it names does not.
+        MmfmError: no noise keeps them, and noised figures, within the document's epsilon, or the noise that it names
+            does not.
     """
     privacy = federation.privacy
     assert privacy
     steps = sum(stage.rounds * stage.local_steps for stage in federation.stages if stage.federated)
-    if privacy.noise is None:
-        return Charge(noise_for(privacy.epsilon, privacy.rate, steps, privacy.delta), privacy.rate, steps)
-    charge = Charge(privacy.noise, privacy.rate, steps)
-    spent = composed([charge], privacy.delta)
-    if spent > privacy.epsilon:
+    figures = figures_of(federation)
+    alone = composed(figures, privacy.delta)
+    if alone >= privacy.epsilon:
         raise MmfmError(
-            f"privacy.noise: {steps} steps with {privacy.noise:g} cost ε {spent:.3f}, more than privacy.epsilon "
-            f"{privacy.epsilon:g}; leave 'noise' out, and the least that suffices is taken"
+            f"privacy.figure_noise: noised figures alone cost ε {alone:.3f} of privacy.epsilon {privacy.epsilon:g}, "
+            "which leaves nothing to train with; raise it"
+        )
+    if privacy.noise is None:
+        noise = noise_for(privacy.epsilon, privacy.rate, steps, privacy.delta, figures)
+        return Charge(noise, privacy.rate, steps)
+    charge = Charge(privacy.noise, privacy.rate, steps)
+    spent = composed([charge, *figures], privacy.delta)
+    if spent > privacy.epsilon:
+        and_figures = " and the noised figures" * bool(figures)
+        raise MmfmError(
+            f"privacy.noise: {steps} steps with {privacy.noise:g}{and_figures} cost ε {spent:.3f}, more than "
+            f"privacy.epsilon {privacy.epsilon:g}; leave 'noise' out, and the least that suffices is taken"
         )
     return charge
+
+
+def figures_of(federation: Federation) -> list[Charge]:
+    """What noised figures cost each patient: one step with everybody in it. None where none leave.
+
+    Training patients are no test patients, so that nobody pays for both; they are added up all the same, as the ledger
+    does, which knows no splits.
+    """
+    privacy = federation.privacy
+    return [Charge(privacy.figure_noise, 1.0, 1)] if privacy and privacy.figures == "noised" else []
+
+
+def costs_of(federation: Federation) -> list[Charge]:
+    """All that a private document costs each patient.
+
+    Raises:
+        MmfmError: see `schedule_of`.
+    """
+    return [schedule_of(federation), *figures_of(federation)]
 
 
 def _spent(accountant: Any, charges: Iterable[Charge], delta: float) -> float:

@@ -1,7 +1,8 @@
 """What a private document promises each patient, and what it does not, for a data-protection officer to sign."""
 
 from mmfm_core.config import Federation
-from mmfm_core.privacy.accounting import composed, schedule_of, tight_epsilon
+from mmfm_core.privacy.accounting import composed, costs_of, tightly_composed
+from mmfm_core.privacy.figures import scale_of
 
 
 def statement(federation: Federation) -> list[tuple[str, str]]:
@@ -12,9 +13,18 @@ def statement(federation: Federation) -> list[tuple[str, str]]:
     """
     privacy = federation.privacy
     assert privacy
-    schedule = schedule_of(federation)
-    cost = composed([schedule], privacy.delta)
-    tight = tight_epsilon(schedule.noise, schedule.rate, schedule.steps, privacy.delta)
+    schedule, *figures = costs_of(federation)
+    cost, tight = (count([schedule, *figures], privacy.delta) for count in (composed, tightly_composed))
+    told = [
+        (
+            "Which figures leave",
+            f"The AUROC of {', '.join(federation.noised_heads)} with the final shared model on test patients, once: "
+            "from counts of patients by score and label, with normal noise of standard deviation "
+            f"{scale_of(federation):.3g} on each count, which is paid for as one more step. All other metrics and all "
+            "losses stay, also every figure of a model that a site adapted: it has no noise of its own, and its "
+            "figures would tell of those it was trained on.",
+        )
+    ]
     return [
         (
             "Who is protected",
@@ -41,6 +51,7 @@ def statement(federation: Federation) -> list[tuple[str, str]]:
             f"document's, and refuses a round before it goes beyond. (For the planned rounds as a whole a tighter "
             f"count, by privacy loss distributions, gives {tight:.3f}.)",
         ),
+        *(told if figures else []),
         ("What is not covered", " ".join(_not_covered(federation))),
     ]
 

@@ -81,10 +81,11 @@ def measure(head: HeadConfig, metric: str, table: pd.DataFrame) -> tuple[float |
     if not callable(statistic):
         return statistic, None, None
     value, low, high = bootstrap(statistic, list(table["patient"]))
-    return _known(value), _known(low), _known(high)
+    return known(value), known(low), known(high)
 
 
-def _known(figure: float) -> float | None:
+def known(figure: float) -> float | None:
+    """A figure, None where it is undefined (NaN)."""
     return None if math.isnan(figure) else figure
 
 

@@ -18,6 +18,7 @@ from mmfm_core.data.dataset import Batch
 from mmfm_core.data.manifest import Study
 from mmfm_core.data.table import Table
 from mmfm_core.errors import MmfmError
+from mmfm_core.metrics.binned import Ranking
 from mmfm_core.metrics.multiclass import one_of_several
 from mmfm_core.metrics.statistic import Statistic
 from mmfm_core.models.tasks import Encoding, Head
@@ -66,6 +67,17 @@ class Classification(HeadConfig):
     def statistic(self, metric: str, table: pd.DataFrame) -> Statistic | float | None:
         """See `mmfm_core.metrics.classification`; nothing is defined on probabilities that are not finite."""
         return one_of_several(metric, self._probabilities(table), table["target"].to_numpy())
+
+    @property
+    def ranked(self) -> tuple[str, ...]:
+        """The classes, each against all others; of two the second."""
+        return self.classes if len(self.classes) > 2 else self.classes[1:]
+
+    def rankings(self, table: pd.DataFrame) -> list[Ranking]:
+        """By the probability of each of them."""
+        of = [self.classes.index(name) for name in self.ranked]
+        targets = table["target"].to_numpy()
+        return [Ranking(table[f"p{c}"].to_numpy(float), (targets == c).astype(float)) for c in of]
 
     def counts(self, table: pd.DataFrame) -> dict[str, int]:
         """Studies of each class."""

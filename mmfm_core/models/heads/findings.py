@@ -20,6 +20,7 @@ from mmfm_core.data.dataset import Batch
 from mmfm_core.data.manifest import Study
 from mmfm_core.data.table import Table, as_number
 from mmfm_core.errors import MmfmError
+from mmfm_core.metrics.binned import Ranking
 from mmfm_core.metrics.classification import macro_auroc, macro_point
 from mmfm_core.metrics.statistic import Statistic
 from mmfm_core.models.tasks import Encoding, Head
@@ -88,6 +89,15 @@ class Findings(HeadConfig):
         """The mean over the findings with enough labels of both kinds; see `mmfm_core.metrics.classification`."""
         probabilities, targets = (table[[f"{c}_{f}" for f in self.findings]].to_numpy(float) for c in "py")
         return macro_auroc(probabilities, targets) if metric == "auroc" else macro_point(metric, probabilities, targets)
+
+    @property
+    def ranked(self) -> tuple[str, ...]:
+        """The findings."""
+        return self.findings
+
+    def rankings(self, table: pd.DataFrame) -> list[Ranking]:
+        """By the probability of each finding, over its labelled studies."""
+        return [Ranking(*(table[f"{c}_{finding}"].to_numpy(float) for c in "py")) for finding in self.findings]
 
     def counts(self, table: pd.DataFrame) -> dict[str, int]:
         """Studies in which each finding is present."""
