@@ -235,7 +235,7 @@ class Agent:
                 if not privacy or privacy.exact:
                     metrics += metrics_of(predictions, p.federation, split, state)
                 elif privacy.figures == "noised" and (state, split) == ("shared", "test"):
-                    metrics += noised_metrics(predictions, p.federation)
+                    metrics += noised_metrics(predictions.head, predictions.table, p.federation)
                 if split == "test":
                     write_predictions(self.directory, state, predictions)
             if split == "test" and (not privacy or privacy.exact):

@@ -30,7 +30,6 @@ from mmfm_core.privacy.accounting import Charge, composed, costs_of, schedule_of
 from mmfm_core.privacy.figures import auroc_of, noised_metrics, scale_of
 from mmfm_core.privacy.ledger import Ledger, charged
 from mmfm_core.protocol import Metric, RoundReply
-from mmfm_core.training.evaluation import Predictions
 
 NOISED = {"figures": "noised", "figure_noise": 2.0}
 FINDINGS = ("effusion", "opacity", "device")
@@ -134,7 +133,7 @@ def test_the_noise_is_as_large_as_it_is_paid_for(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(figures, "auroc_of", lambda counts, scale: (seen.append(counts), (0.5, 0.4, 0.6))[1])
     table = table_of(list(range(30)), list(np.linspace(0, 1, 30)), [0.0, 1.0] * 15)
     for _ in range(40):
-        noised_metrics(Predictions(head_of(federation), table), federation)
+        noised_metrics(head_of(federation), table, federation)
     head = federation.model.heads[head_of(federation)]
     exact = np.stack([counted(ranking, np.arange(30)) for ranking in head.rankings(table)])
     noise = (np.stack(seen) - exact) / scale_of(federation)
@@ -187,8 +186,8 @@ def test_steps_have_more_noise_where_figures_are_paid_for_too() -> None:
 
 def test_a_document_without_such_a_figure_is_refused() -> None:
     head = head_of(private_federation())
-    with pytest.raises(ValidationError, match="no head is measured by it; name it under evaluation"):
-        private_federation(NOISED, evaluation={head: {"metrics": ["accuracy"]}})
+    with pytest.raises(ValidationError, match="it leads no head; name it first under evaluation"):
+        private_federation(NOISED, evaluation={head: {"metrics": ["accuracy", "auroc"]}})
 
 
 def test_a_site_is_told_before_it_agrees(tmp_path: Path, sites: dict[str, Site]) -> None:

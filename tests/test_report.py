@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_federation
+from tiny import private_federation, tiny_federation
 
+from mmfm_core.config import Federation
 from mmfm_core.errors import MmfmError
 from server.record import Run
 from server.report import write_report
@@ -77,10 +78,16 @@ def site_facts(**counts: int) -> dict[str, Any]:
     }
 
 
-def make_run(folder: Path, sites: Mapping[str, Any] | None = None, rounds: int = 3, **facts: Any) -> Run:
+def make_run(
+    folder: Path,
+    sites: Mapping[str, Any] | None = None,
+    rounds: int = 3,
+    federation: Federation | None = None,
+    **facts: Any,
+) -> Run:
     """A run of `rounds` of three rounds (two of training together, one of adaptation) at `sites`."""
     sites = {"north": site_facts(), "south": site_facts()} if sites is None else sites
-    run = Run.create(folder, tiny_federation())
+    run = Run.create(folder, federation or tiny_federation())
     run.update(**({"status": "completed", "rounds": 3, "sites": sites, "finished": 2e9} | facts))
     for number in range(1, rounds + 1):
         stage, up = ("train", 4000) if number < 3 else ("adapt", 0)
@@ -222,6 +229,15 @@ def test_a_deployment_has_its_table_from_the_sites_last_test_figures(tmp_path: P
     assert [row[1:3] for row in page.rows if row[0] == "Worst at any hospital"] == [["0.700", "0.850"]]
     assert "Whether these differ by more than chance is not known" in page.text
     assert "simulation" not in page.text
+
+
+def test_figures_with_noise_are_called_so_unless_a_simulation_knows_the_exact_ones(tmp_path: Path) -> None:
+    said = "Each hospital added noise to its figure"
+    run = make_run(tmp_path / "run", federation=private_federation({"figures": "noised"}))
+    assert said in page_of(run).text
+    compare(run, {"north": (0.0, -0.1, 0.1)})
+    assert said not in page_of(run).text
+    assert said not in page_of(make_run(tmp_path / "other", federation=private_federation({"figures": "exact"}))).text
 
 
 def test_the_opening_counts_hospitals_and_rounds_of_training_together(tmp_path: Path) -> None:

@@ -232,15 +232,15 @@ class Federation(Strict):
                 )
         if self.privacy and self.privacy.figures == "noised" and not self.noised_heads:
             raise ValueError(
-                "privacy.figures: only the 'auroc' of classification and findings can be 'noised', and no head is "
-                "measured by it; name it under evaluation, or withhold all figures"
+                "privacy.figures: only the 'auroc' of classification and findings can be 'noised', and it leads no "
+                "head; name it first under evaluation, or withhold all figures"
             )
         return self
 
     @property
     def noised_heads(self) -> list[str]:
-        """The heads whose AUROC can leave with noise, and is asked for."""
-        return [name for name, head in self.model.heads.items() if head.ranked and "auroc" in self.metrics_of(name)]
+        """The heads that are led by an AUROC which can leave with noise."""
+        return [name for name, head in self.model.heads.items() if head.ranked and self.metrics_of(name)[0] == "auroc"]
 
     def metrics_of(self, head: str) -> tuple[str, ...]:
         """What `head` is measured by; the first one leads."""

@@ -4,6 +4,7 @@ One function then gives the value (all weights one), its interval (weights of pa
 comparison of two methods (`lambda weights: a(weights) - b(weights)`: both see the same patients in every draw).
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -62,6 +63,11 @@ def bootstrap(
     if not np.isfinite(values[1:]).any():
         return float(values[0]), *UNDEFINED[1:]
     return interval(values)
+
+
+def known(figure: float) -> float | None:
+    """A figure, None where it is undefined (NaN)."""
+    return None if math.isnan(figure) else figure
 
 
 def quotient(above: Floats, below: Floats) -> Floats:

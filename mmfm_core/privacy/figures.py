@@ -8,13 +8,14 @@ measured; those whom the model was trained on are covered by that of its steps, 
 import math
 
 import numpy as np
+import pandas as pd
 
 from mmfm_core.config import Federation
 from mmfm_core.metrics.binned import BINS, binned_auroc, counted
 from mmfm_core.metrics.ranking import RESAMPLES, Floats, interval
+from mmfm_core.metrics.statistic import known
 from mmfm_core.privacy.randomness import gaussian
 from mmfm_core.protocol import Metric
-from mmfm_core.training.evaluation import Predictions, known
 
 
 def scale_of(federation: Federation) -> float:
@@ -28,20 +29,22 @@ def scale_of(federation: Federation) -> float:
     return federation.privacy.figure_noise * math.sqrt(labels)
 
 
-def noised_metrics(predictions: Predictions, federation: Federation) -> list[Metric]:
+def noised_metrics(head: str, table: pd.DataFrame, federation: Federation) -> list[Metric]:
     """The figures of one head of the shared model on test patients, with noise; none where it has none to tell so.
+
+    `table` has a row per study: its 'patient', and what the head predicts.
 
     The caller has paid: `mmfm_core.privacy.accounting.figures_of`.
     """
-    if predictions.head not in federation.noised_heads:
+    if head not in federation.noised_heads:
         return []
-    table, scale = predictions.table, scale_of(federation)
+    scale = scale_of(federation)
     _, patients = np.unique(table["patient"], return_inverse=True)
-    rankings = federation.model.heads[predictions.head].rankings(table)
+    rankings = federation.model.heads[head].rankings(table)
     counts = np.stack([counted(ranking, patients) for ranking in rankings])
     counts += scale * gaussian(counts.size).reshape(counts.shape)
     value, low, high = (known(figure) for figure in auroc_of(counts, scale))
-    return [Metric(predictions.head, "shared", "test", "auroc", value, len(table), low, high, noised=True)]
+    return [Metric(head, "shared", "test", "auroc", value, len(table), low, high, noised=True)]
 
 
 def auroc_of(counts: Floats, scale: float) -> tuple[float, float, float]:

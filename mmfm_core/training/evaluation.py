@@ -1,6 +1,5 @@
 """Evaluation of a model on a site's own patients."""
 
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain, combinations
@@ -12,7 +11,7 @@ from mmfm_core.config.federation import Federation
 from mmfm_core.config.part import HeadConfig
 from mmfm_core.config.site import Split
 from mmfm_core.data.dataset import Dataset
-from mmfm_core.metrics.statistic import bootstrap
+from mmfm_core.metrics.statistic import bootstrap, known
 from mmfm_core.models.model import MultimodalModel
 from mmfm_core.models.tasks import Encoding, Head
 from mmfm_core.protocol import Metric
@@ -82,11 +81,6 @@ def measure(head: HeadConfig, metric: str, table: pd.DataFrame) -> tuple[float |
         return statistic, None, None
     value, low, high = bootstrap(statistic, list(table["patient"]))
     return known(value), known(low), known(high)
-
-
-def known(figure: float) -> float | None:
-    """A figure, None where it is undefined (NaN)."""
-    return None if math.isnan(figure) else figure
 
 
 def subsets(modalities: Collection[str]) -> list[tuple[str, ...]]:

@@ -43,6 +43,7 @@ def render(run: Run) -> str:
     lines, events = _lines(run.metrics), _lines(run.events)
     sites = facts.get("sites") or {}
     tasks = read_results(run.directory, federation, sites, lines)
+    simulated = (run.directory / "comparison.json").is_file()
     done = history.done_rounds(lines)
     by_stage, by_round = history.traffic_of(lines)
     status, told = wording.state(facts, done)
@@ -65,7 +66,8 @@ def render(run: Run) -> str:
         name=facts.get("name", federation.name),
         status=status,
         told=told,
-        opening=wording.opening(federation, facts, done, simulated=(run.directory / "comparison.json").is_file()),
+        opening=wording.opening(federation, facts, done, simulated),
+        noised=not simulated and federation.privacy is not None and federation.privacy.figures == "noised",
         tasks=tasks,
         findings=wording.findings,
         labels=wording.LABELS,
