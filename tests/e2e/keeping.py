@@ -20,7 +20,7 @@ from mmfm_core.privacy.accounting import composed, schedule_of
 from mmfm_core.privacy.ledger import Entry, Ledger, charged
 from mmfm_core.storage import digest, read_tensors
 
-STEPS = 300  # of a few milliseconds each: long enough to be killed within
+STEPS = 60  # of some milliseconds each: long enough to be killed within
 
 
 def private_document(name: str, rounds: int, epsilon: float = 3) -> Federation:
