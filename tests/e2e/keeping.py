@@ -42,8 +42,10 @@ def lines(hospital: Hospital) -> list[Entry]:
     return Ledger(hospital.folder / LEDGER).entries()
 
 
-def charged_once(hospital: Hospital, federation: Federation, answered: set[int]) -> None:
+def charged_once(hospital: Hospital, federation: Federation, took: dict[int, set[str]]) -> None:
     """No round was charged twice, every round that counted was charged, and all of it is within the document's word."""
+    trained = sum(stage.rounds for stage in federation.stages)
+    answered = {number for number, names in took.items() if hospital.name in names and number <= trained}
     own = [entry for entry in lines(hospital) if entry.document == sha256(federation)]
     for kind in ("reserved", "released"):
         rounds = [entry.round for entry in own if entry.kind == kind]
@@ -81,7 +83,7 @@ def private_coordinator_killed(world: World) -> None:
     world.completed(run)
     took = sites_of_round(run)
     for hospital in world.hospitals:
-        charged_once(hospital, federation, {number for number, names in took.items() if hospital.name in names})
+        charged_once(hospital, federation, took)
         egress_is_whole(hospital)
 
 
@@ -109,7 +111,7 @@ def agent_killed(world: World) -> None:
     assert any("does not answer at its socket" in text for text in told), told
     assert all(set(SITES) - {victim.name} <= names for names in took.values())
     for hospital in world.hospitals:
-        charged_once(hospital, federation, {number for number, names in took.items() if hospital.name in names})
+        charged_once(hospital, federation, took)
         egress_is_whole(hospital)
 
 
@@ -131,7 +133,7 @@ def site_disk_full(world: World) -> None:
         assert absent and victim.name in took[6]
         assert any("full" in text or "make room" in text for text in told), told
         assert all(set(SITES) - {victim.name} <= names for names in took.values())
-        charged_once(victim, federation, {number for number, names in took.items() if victim.name in names})
+        charged_once(victim, federation, took)
         egress_is_whole(victim)
 
 
