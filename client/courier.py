@@ -1,13 +1,12 @@
 """`python -m client.courier PIPE`: runs Flower's program for a message without its two seconds of imports.
 
-For every message Flower's launcher starts `flwr-clientapp` by its name. What it finds first under that name writes the
-words of its command line into a pipe; this process, which imported everything once, reads them and forks. The fork is
-that program, unchanged. Code that a coordinator sends runs in the fork and leaves nothing behind in this process.
+For every message Flower's launcher starts `flwr-clientapp` by its name. What it finds first under that name, in
+`PROGRAMS`, writes the words of its command line into a pipe; this process, which imported everything once, reads them
+and forks. The fork is that program, unchanged. Code that a coordinator sends runs there and leaves nothing behind here.
 """
 
 import gc
 import os
-import shlex
 import signal
 import sys
 from importlib import import_module
@@ -15,19 +14,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 PROGRAM = "flwr-clientapp"
-
-
-def stand_in(folder: Path, pipe: Path) -> None:
-    """Make the program that is found first under Flower's name, and the pipe that it writes into.
-
-    It waits where nobody reads yet: a courier that was just killed is started again. Where programs in `folder` may
-    not be run (a disk mounted so), the next one of that name on the path is Flower's own.
-    """
-    folder.mkdir()
-    os.mkfifo(pipe, 0o600)
-    script = folder / PROGRAM
-    script.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" > {shlex.quote(str(pipe))}\n')
-    script.chmod(0o700)
+PROGRAMS = Path(__file__).with_name("programs")
+PIPE = "MMFM_MESSAGES"
+"""The variable that names the pipe. A message waits in it where nobody reads yet: a killed courier is started again."""
 
 
 def main(pipe: Path) -> None:

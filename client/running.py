@@ -155,17 +155,14 @@ def relay_of(place: Place, home: Path) -> tuple[Child, Child, Child]:
         *(str(scripts / "flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
         *("--superexec-auth-secret-file", str(secret)),
     ]
-    courier.stand_in(home / "programs", home / "messages")
-    path = os.pathsep.join([str(home / "programs"), str(scripts), os.environ.get("PATH", os.defpath)])
-    variables = QUIET | {"FLWR_HOME": str(home), "PATH": path}
+    messages = home / "messages"
+    reader = [sys.executable, "-m", "client.courier", str(messages)]
+    os.mkfifo(messages, 0o600)
+    # The launcher starts a program for each message, by name.
+    path = os.pathsep.join([str(courier.PROGRAMS), str(scripts), os.environ.get("PATH", os.defpath)])
+    variables = QUIET | {"FLWR_HOME": str(home), "PATH": path, courier.PIPE: str(messages)}
     return (
-        Child(
-            "courier",
-            [sys.executable, "-m", "client.courier", str(home / "messages")],
-            home,
-            variables,
-            COURIER_RESTART_SECONDS,
-        ),
+        Child("courier", reader, home, variables, COURIER_RESTART_SECONDS),
         Child("launcher", launcher, home, variables, LAUNCHER_RESTART_SECONDS),
         Child("relay", node, home, variables, RELAY_RESTART_SECONDS),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import PATIENCE
 
-from client.courier import PROGRAM, stand_in
+from client.courier import PIPE, PROGRAM, PROGRAMS
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +27,8 @@ def courier(folder: Path) -> Iterator["subprocess.Popen[str]"]:
 
 def start(folder: Path, *words: str) -> "subprocess.Popen[bytes]":
     """As the launcher does: by name."""
-    path = f"{folder / 'programs'}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.Popen([PROGRAM, *words], env=os.environ | {"PATH": path})
+    path = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen([PROGRAM, *words], env=os.environ | {"PATH": path, PIPE: str(folder / "pipe")})
 
 
 def said(process: "subprocess.Popen[str]", words: str) -> str:
@@ -38,7 +38,7 @@ def said(process: "subprocess.Popen[str]", words: str) -> str:
 
 
 def test_each_message_is_flowers_program_in_a_process_of_its_own(tmp_path: Path) -> None:
-    stand_in(tmp_path / "programs", tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe", 0o600)
     with start(tmp_path, "--no-such-word") as early, courier(tmp_path) as process:
         assert f"usage: {PROGRAM}" in said(process, "usage: ")  # it waited until there was a courier
         assert "--token --token-file is required" in said(process, "error: ")
@@ -49,10 +49,10 @@ def test_each_message_is_flowers_program_in_a_process_of_its_own(tmp_path: Path)
         assert process.poll() is None
 
 
-def test_where_programs_may_not_be_run_flowers_own_is_found(tmp_path: Path) -> None:
-    stand_in(tmp_path / "programs", tmp_path / "pipe")
-    (tmp_path / "programs" / PROGRAM).chmod(0o600)
-    scripts = str(Path(sys.executable).parent)
-    path = os.pathsep.join([str(tmp_path / "programs"), scripts])
+def test_without_it_flowers_own_program_is_found(tmp_path: Path) -> None:
+    """Where its mode was lost, or its disk is mounted so that nothing on it may be run, messages are slow, not lost."""
+    unusable = tmp_path / PROGRAM
+    unusable.write_bytes((PROGRAMS / PROGRAM).read_bytes())
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent)])
     ran = subprocess.run([PROGRAM, "--help"], env=os.environ | {"PATH": path}, capture_output=True, check=True)
     assert b"Run a Flower ClientApp" in ran.stdout
