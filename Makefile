@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 export MMFM_DATA ?= ../shared/data
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test e2e lint bench clean
+.PHONY: demo test e2e e2e-plain lint bench clean
 demo: $(VENV)/.base                  ## four generated hospitals, from nothing to a report
 	$(BIN)/mmfm demo-data runs/demo-data
 	$(BIN)/mmfm simulate deploy/federations/demo.yaml --run runs/demo --replace
@@ -15,6 +15,9 @@ test: $(VENV)/.dev                   ## every test, on every core
 
 e2e: $(VENV)/.dev                    ## coordinator and four sites in network namespaces, and every fault: hours, as root, needs nginx
 	$(BIN)/python -u tests/e2e/faults.py
+
+e2e-plain: $(VENV)/.dev              ## of these only the one without a fault: minutes; says so where it cannot run
+	$(BIN)/python -u tests/e2e/faults.py --or-skip plain
 
 lint: $(VENV)/.dev                   ## format, rules, types
 	$(BIN)/ruff format --check

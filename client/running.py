@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from client import logs
+from client import courier, logs
 from client.app import SOCKET
 from client.place import Place
 from client.service import is_served
@@ -26,7 +26,7 @@ from mmfm_core.storage import write_text
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 15.0  # Flower takes a few to tell the coordinator that the node leaves
-AGENT_RESTART_SECONDS = LAUNCHER_RESTART_SECONDS = 2.0
+AGENT_RESTART_SECONDS = LAUNCHER_RESTART_SECONDS = COURIER_RESTART_SECONDS = 2.0
 # A SuperNode that was killed is refused (exit code 305) until its last heartbeat, a minute ago at most, is stale.
 RELAY_RESTART_SECONDS = 15.0
 
@@ -134,8 +134,8 @@ def agent_of(place: Place) -> Child:
     return Child("agent", command, place.directory, {}, AGENT_RESTART_SECONDS)
 
 
-def relay_of(place: Place, home: Path) -> tuple[Child, Child]:
-    """Flower's launcher and SuperNode as children of this process; `home` is where Flower keeps its files.
+def relay_of(place: Place, home: Path) -> tuple[Child, Child, Child]:
+    """The courier, and Flower's launcher and SuperNode; `home` is where Flower keeps its files.
 
     Left alone, a SuperNode gives its tasks to whoever asks at its port on this machine: these two share a secret.
     """
@@ -155,10 +155,14 @@ def relay_of(place: Place, home: Path) -> tuple[Child, Child]:
         *(str(scripts / "flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
         *("--superexec-auth-secret-file", str(secret)),
     ]
+    messages = home / "messages"
+    reader = [sys.executable, "-m", "client.courier", str(messages)]
+    os.mkfifo(messages, 0o600)
     # The launcher starts a program for each message, by name.
-    path = f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    variables = QUIET | {"FLWR_HOME": str(home), "PATH": path}
+    path = os.pathsep.join([str(courier.PROGRAMS), str(scripts), os.environ.get("PATH", os.defpath)])
+    variables = QUIET | {"FLWR_HOME": str(home), "PATH": path, courier.PIPE: str(messages)}
     return (
+        Child("courier", reader, home, variables, COURIER_RESTART_SECONDS),
         Child("launcher", launcher, home, variables, LAUNCHER_RESTART_SECONDS),
         Child("relay", node, home, variables, RELAY_RESTART_SECONDS),
     )

@@ -1,7 +1,7 @@
 """What coordinator and site say to each other, and the only place that turns it into Flower records.
 
-Two questions, three answers. Tensors travel as Flower arrays (npy bytes, never pickled), the rest as one JSON text that
-is validated on arrival; nothing here needs torch, so that a relay stays small.
+Two questions, three answers. Tensors travel as the content of one safetensors file (nothing pickled), the rest as one
+JSON text that is validated on arrival; nothing here needs torch, so that a relay stays small.
 """
 
 from dataclasses import field, replace
@@ -12,7 +12,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mmfm_core.errors import MmfmError
-from mmfm_core.storage import Tensors
+from mmfm_core.storage import Tensors, packed, unpacked
+
+ARRAY = "safetensors"
+"""The name and the type of the one array that holds all tensors: each array costs Flower two requests a hop."""
 
 STRICT = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
@@ -125,21 +128,17 @@ Message = Describe | SiteDescription | RoundRequest | RoundReply | Refusal
 Expected = TypeVar("Expected", bound=Message)
 
 
-def to_arrays(tensors: Tensors) -> dict[str, Array]:
-    """Serialise tensors once, for messages to many sites."""
-    return {name: Array(tensor) for name, tensor in tensors.items()}
-
-
 def text_of(message: Message) -> str:
     """All of a message but its tensors, as JSON."""
     return TypeAdapter(type(message)).dump_json(message, exclude={"tensors"}).decode()
 
 
-def to_records(message: Message, arrays: dict[str, Array] | None = None) -> RecordDict:
-    """Pack a message into Flower records; `arrays` stand for its tensors where these were serialised already."""
+def to_records(message: Message) -> RecordDict:
+    """Pack a message into Flower records."""
     records = RecordDict({"message": ConfigRecord({"type": type(message).__name__, "json": text_of(message)})})
     if isinstance(message, RoundRequest | RoundReply):
-        records["tensors"] = ArrayRecord(to_arrays(message.tensors) if arrays is None else arrays)
+        data = packed(message.tensors)
+        records["tensors"] = ArrayRecord({ARRAY: Array("uint8", (len(data),), ARRAY, data)})
     return records
 
 
@@ -151,8 +150,8 @@ def from_records(records: RecordDict, *expected: type[Expected]) -> Expected:
     """
     try:
         name, text = str(records["message"]["type"]), str(records["message"]["json"])
-        tensors = {key: array.numpy() for key, array in records["tensors"].items()} if "tensors" in records else {}
-    except Exception as error:  # whatever a damaged or hostile record makes Flower or numpy raise
+        tensors = unpacked(records["tensors"][ARRAY].data) if "tensors" in records else {}
+    except Exception as error:  # whatever a damaged or hostile record makes Flower or safetensors raise
         raise MmfmError(f"the message is damaged ({type(error).__name__}); nothing in it was used") from error
     return parsed(name, text, tensors, *expected)
 

@@ -32,9 +32,19 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+def packed(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """Tensors as the content of a safetensors file."""
+    return save({name: np.asarray(array, order="C") for name, array in tensors.items()})
+
+
+def unpacked(data: bytes) -> Tensors:
+    """Tensors from the content of a safetensors file, which are whole or an exception of undocumented type."""
+    return dict(sorted(load(data).items()))  # the library's own order is never the same twice
+
+
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write a safetensors file atomically."""
-    _write(path, save({name: np.asarray(array, order="C") for name, array in tensors.items()}))
+    _write(path, packed(tensors))
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -44,10 +54,10 @@ def read_tensors(path: Path) -> Tensors:
         MmfmError: the file cannot be read or is damaged.
     """
     try:
-        return load(path.read_bytes())
+        return unpacked(path.read_bytes())
     except OSError as error:
         raise MmfmError(f"cannot be read ({error.strerror})", str(path)) from error
-    except Exception as error:  # safetensors raises its own, undocumented types
+    except Exception as error:
         raise MmfmError("is not a whole safetensors file; restore it or remove it", str(path)) from error
 
 

@@ -13,7 +13,7 @@ from mmfm_core.data.dataset import NO_ARTIFACTS
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import full_model
 from mmfm_core.models.parameters import blocks_of, check_patterns, fates_of, held
-from mmfm_core.protocol import RoundReply, RoundRequest, SiteDescription, to_arrays, to_records
+from mmfm_core.protocol import RoundReply, RoundRequest, SiteDescription, to_records
 from mmfm_core.storage import Tensors
 from server.attendance import Attendance, problem_of
 from server.exchange import Answer, ask
@@ -102,14 +102,12 @@ class Coordinator:
         started = time.monotonic()
         asked = {node: site for node, site in self.attendance.sites.items() if strategy.takes_part(site, this)}
         state = strategy.state_for(this)
-        arrays = to_arrays(state)
         names = {node: strategy.tensors_for(site, this) for node, site in asked.items()}
-        request = RoundRequest(self.document, this.number)
         usable = bytes_up = 0
         for answer in ask(
             self.grid,
             asked,
-            lambda node: to_records(request, {name: arrays[name] for name in names[node]}),
+            lambda node: to_records(RoundRequest(self.document, this.number, {n: state[n] for n in names[node]})),
             "train",
             self.patience.seconds,
         ):

@@ -3,12 +3,26 @@
 import asyncio
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 COORDINATOR = "10.77.0.1"
+
+
+def obstacle() -> str | None:
+    """Why there can be no such network here; None where there can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if not shutil.which("ip"):
+        return "needs iproute2's ip"
+    if not shutil.which("nginx"):
+        return "needs nginx, the coordinator's door"
+    if subprocess.run(["unshare", "--net", "true"], check=False, capture_output=True).returncode:
+        return "network namespaces are not permitted here"
+    return None
 
 
 class Network:
