@@ -9,7 +9,7 @@ from mmfm_core.config.federation import FedAvg
 
 
 def local_only(federation: Federation) -> Federation:
-    """Every site alone, from the same initial model, for as many steps as it takes in the federated rounds if it is in all."""
+    """Every site alone, from the same initial model, for as many steps as it would take in all federated rounds."""
     stages = tuple(
         stage.model_copy(
             update={
