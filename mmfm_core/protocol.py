@@ -5,14 +5,16 @@ is validated on arrival; nothing here needs torch, so that a relay stays small.
 """
 
 from dataclasses import field, replace
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mmfm_core.errors import MmfmError
-from mmfm_core.storage import Tensors
+from mmfm_core.storage import Tensors, kind_of
 
 STRICT = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
@@ -123,21 +125,59 @@ Message = Describe | SiteDescription | RoundRequest | RoundReply | Refusal
 Expected = TypeVar("Expected", bound=Message)
 
 
+class Held(Array):
+    """A Flower array that turns into bytes when somebody asks for them: never, where both sides are one process.
+
+    It is then the tensor itself that the other side gets, which nobody may write to.
+    """
+
+    def __init__(self, tensor: np.ndarray) -> None:
+        kept = tensor.view()
+        kept.flags.writeable = False
+        self.__dict__ |= {
+            "dtype": kind_of(tensor.dtype),
+            "shape": tensor.shape,
+            "stype": "numpy.ndarray",
+            "_held": kept,
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "data":
+            raise AttributeError(name)
+        self.__dict__["data"] = Array(self.__dict__["_held"]).data
+        return self.__dict__["data"]
+
+    def numpy(self) -> np.ndarray:
+        """The tensor."""
+        held: np.ndarray = self.__dict__["_held"]
+        return held
+
+
+Held.__qualname__ = Array.__qualname__  # under which Flower's link sends it, and gives it back as an Array
+
+
 def to_arrays(tensors: Tensors) -> dict[str, Array]:
-    """Serialise tensors once, for messages to many sites."""
-    return {name: Array(tensor) for name, tensor in tensors.items()}
+    """Flower's form of tensors, serialised once at most, for messages to many sites."""
+    return {name: Held(tensor) for name, tensor in tensors.items()}
+
+
+@cache
+def _adapter(kind: type[Message]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def text_of(message: Message) -> str:
     """All of a message but its tensors, as JSON."""
-    return TypeAdapter(type(message)).dump_json(message, exclude={"tensors"}).decode()
+    return _adapter(type(message)).dump_json(message, exclude={"tensors"}).decode()
 
 
 def to_records(message: Message, arrays: dict[str, Array] | None = None) -> RecordDict:
     """Pack a message into Flower records; `arrays` stand for its tensors where these were serialised already."""
     records = RecordDict({"message": ConfigRecord({"type": type(message).__name__, "json": text_of(message)})})
     if isinstance(message, RoundRequest | RoundReply):
-        records["tensors"] = ArrayRecord(to_arrays(message.tensors) if arrays is None else arrays)
+        tensors = records["tensors"] = ArrayRecord()
+        for name, array in (to_arrays(message.tensors) if arrays is None else arrays).items():
+            tensors[name] = array  # its constructor would make a copy of each array's description
     return records
 
 
@@ -165,7 +205,7 @@ def parsed(name: str, text: str, tensors: Tensors, *expected: type[Expected]) ->
     if kind not in expected:
         raise MmfmError(f"expected {' or '.join(k.__name__ for k in expected)}, and another kind of message came")
     try:
-        message: Expected = TypeAdapter(kind).validate_json(text)
+        message: Expected = _adapter(kind).validate_json(text)
         return replace(message, tensors=tensors) if isinstance(message, RoundRequest | RoundReply) else message
     except ValidationError as error:
         first = error.errors()[0]

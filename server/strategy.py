@@ -16,7 +16,7 @@ from mmfm_core.config.rounds import Round
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.parameters import CONTROL, block_of, matches
 from mmfm_core.protocol import RoundReply, SiteDescription
-from mmfm_core.storage import Tensors
+from mmfm_core.storage import Tensors, finite
 from server.aggregation import BlockwiseMean
 from server.optimizer import ServerOptimizer
 
@@ -144,7 +144,7 @@ class Strategy:
             got, like = tensors[name], state[name]
             if got.shape != like.shape or got.dtype != like.dtype:
                 raise MmfmError(f"'{name}' is {got.dtype}{list(got.shape)}, expected {like.dtype}{list(like.shape)}")
-            if not np.isfinite(got).all():
+            if not finite(got):
                 raise MmfmError(f"'{name}' holds values that are not finite")
 
     @staticmethod
