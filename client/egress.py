@@ -42,7 +42,9 @@ class EgressLog:
         self.path, self._durable = path, durable
 
     def append(self, answer: SiteDescription | RoundReply | Refusal, question: Describe | RoundRequest | None) -> str:
-        """Write down an answer, durably (see `client.agent`), and return the new head; `question` is what asked for it, where it was read.
+        """Write down an answer (durably, see `client.agent`) and return the new head.
+
+        `question` is what asked for it, where it was read.
 
         Raises:
             MmfmError: it cannot be written, so the answer must not leave.

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.constant import SType
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -131,26 +132,23 @@ class Held(Array):
     It is then the tensor itself that the other side gets, which nobody may write to.
     """
 
-    def __init__(self, tensor: np.ndarray) -> None:
-        kept = tensor.view()
+    @classmethod
+    def of(cls, tensor: np.ndarray) -> "Held":
+        """The array of a tensor."""
+        array, kept = cls.__new__(cls), tensor.view()
         kept.flags.writeable = False
-        self.__dict__ |= {
-            "dtype": kind_of(tensor.dtype),
-            "shape": tensor.shape,
-            "stype": "numpy.ndarray",
-            "_held": kept,
-        }
+        array.__dict__ |= {"dtype": kind_of(tensor.dtype), "shape": tensor.shape, "stype": SType.NUMPY, "_held": kept}
+        return array
 
     def __getattr__(self, name: str) -> Any:
-        if name != "data":
+        if name != "data" or "_held" not in self.__dict__:
             raise AttributeError(name)
         self.__dict__["data"] = Array(self.__dict__["_held"]).data
         return self.__dict__["data"]
 
     def numpy(self) -> np.ndarray:
         """The tensor."""
-        held: np.ndarray = self.__dict__["_held"]
-        return held
+        return self.__dict__["_held"] if "_held" in self.__dict__ else super().numpy()
 
 
 Held.__qualname__ = Array.__qualname__  # under which Flower's link sends it, and gives it back as an Array
@@ -158,7 +156,7 @@ Held.__qualname__ = Array.__qualname__  # under which Flower's link sends it, an
 
 def to_arrays(tensors: Tensors) -> dict[str, Array]:
     """Flower's form of tensors, serialised once at most, for messages to many sites."""
-    return {name: Held(tensor) for name, tensor in tensors.items()}
+    return {name: Held.of(tensor) for name, tensor in tensors.items()}
 
 
 @cache

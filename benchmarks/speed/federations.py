@@ -1,4 +1,4 @@
-"""Generated federations: small grey images of ten classes, an ordinary document, sites as a hospital would have them."""
+"""Generated federations: small grey images of ten classes, an ordinary document, a folder per hospital."""
 
 import csv
 from collections.abc import Mapping

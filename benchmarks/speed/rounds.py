@@ -4,6 +4,7 @@ CPU seconds of neighbouring rounds see the same machine, whatever else runs on i
 mean of the loop's rounds before and after it, and the median of these ratios is told.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ def overhead(data: Path, size: str, sites: int, per_round: int, rounds: int) -> 
 
     with TemporaryDirectory() as folder, at_each_round(turn):
         in_process.simulate(prepared(Path(folder) / "run", federation, files))
-    around = [(before + after) / 2 for before, after in zip(theirs, theirs[1:], strict=False)]
+    around = [(before + after) / 2 for before, after in itertools.pairwise(theirs)]
     ratio = statistics.median(engine / loop for engine, loop in zip(ours[1:], around, strict=True))
     medians = {"floor_cpu": statistics.median(theirs), "ours_cpu": statistics.median(ours)}
     return medians | {"ratio": ratio, "target": SIZES[size].target}
