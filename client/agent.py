@@ -60,6 +60,9 @@ class Agent:
     The directory holds `site.yaml`, `approved/<sha256>.yaml` (the documents this site agreed to), and what the agent
     writes: `state/` (local parameters), `predictions/`, `cache/` (features of frozen trunks) and `ledger.sqlite`, none
     of which is sent; `answers/` (the last replies to private rounds), and `egress.sqlite` (what was sent).
+
+    Log and local state are on the disk before an answer leaves, unless the site is not `durable`, as in a simulation:
+    then they outlive the process, however it ends, but maybe not a power cut.
     """
 
     def __init__(
@@ -71,18 +74,19 @@ class Agent:
         budget: Budget | None = None,
         ledger: Path | None = None,
         build: Callable[[Model, Collection[str], Collection[str], int, Path], MultimodalModel] = MultimodalModel,
+        durable: bool = True,
     ) -> None:
         self.directory, self.name, self._release, self._read, self._build = directory, name, release, read, build
         self._budget, self._ledger = budget or Budget(), Ledger(ledger or directory / LEDGER)
-        self.egress = EgressLog(directory / EGRESS)
+        self.egress, self._durable = EgressLog(directory / EGRESS, durable), durable
         self._participations: dict[str, Participation] = {}
 
     @classmethod
-    def open(cls, directory: Path) -> "Agent":
+    def open(cls, directory: Path, durable: bool = True) -> "Agent":
         """The agent of a site's directory."""
         site = load_site(directory / "site.yaml")
         read = partial(load_dataset, site, artifacts=directory / "artifacts")
-        return cls(directory, site.name, site.release, read, site.budget, site.ledger)
+        return cls(directory, site.name, site.release, read, site.budget, site.ledger, durable=durable)
 
     def answer(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:
         """Answer, or refuse with a reason; never raise. The egress log has the answer before it is returned."""
@@ -142,7 +146,7 @@ class Agent:
                 model,
                 initial,
                 fates,
-                LocalState(self.directory / "state" / document[:16]),
+                LocalState(self.directory / "state" / document[:16], self._durable),
                 self._private(federation, document),
             )
         return self._participations[document]
@@ -256,16 +260,16 @@ def block_weights(model: Model, dataset: Dataset, this: Round, leaving: Tensors)
     """The training studies behind each block that leaves: for an encoder, those that had one of its modalities."""
     assert this.stage
     weights: dict[str, float] = {}
-    batch = dataset.batch(dataset.rows("train", list(this.stage.tasks)))
+    rows, everything = dataset.rows("train", list(this.stage.tasks)), dataset.everything
     for block in {block_of(name) for name in leaving}:
         kind, _, name = block.partition(".")
         if kind == "encoders":
-            through = [batch.present[m] for m in model.behind(name) if m in batch.present]
-            weights[block] = float(torch.stack(through).any(0).sum())
+            through = [everything.present[m] for m in model.behind(name) if m in everything.present]
+            weights[block] = float(torch.stack(through).any(0)[rows].sum())
         elif kind in ("heads", "objectives"):
-            weights[block] = float(batch.usable[name].sum())
+            weights[block] = float(everything.usable[name][rows].sum())
         else:
-            weights[block] = float(len(batch))
+            weights[block] = float(len(rows))
     return weights
 
 

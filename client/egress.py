@@ -16,8 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import Describe, Refusal, RoundReply, RoundRequest, SiteDescription, text_of
+from mmfm_core.storage import kind_of
 
 EGRESS = "egress.sqlite"
 """Its name in a site's directory."""
@@ -35,11 +38,13 @@ CREATE TRIGGER IF NOT EXISTS no_removal BEFORE DELETE ON egress BEGIN SELECT RAI
 class EgressLog:
     """The log of one site: a single SQLite file, whole after `kill -9` and power cuts, that can be copied and read."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, durable: bool = True) -> None:
+        self.path, self._durable = path, durable
 
     def append(self, answer: SiteDescription | RoundReply | Refusal, question: Describe | RoundRequest | None) -> str:
-        """Write down an answer, durably, and return the new head; `question` is what asked for it, where it was read.
+        """Write down an answer (durably, see `client.agent`) and return the new head.
+
+        `question` is what asked for it, where it was read.
 
         Raises:
             MmfmError: it cannot be written, so the answer must not leave.
@@ -103,7 +108,8 @@ class EgressLog:
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         log = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-        log.execute("PRAGMA synchronous=EXTRA")  # a committed entry is on the disk, and so is the end of its journal
+        # EXTRA: a committed entry is on the disk, and so is the end of its journal.
+        log.execute(f"PRAGMA synchronous={'EXTRA' if self._durable else 'OFF'}")
         log.executescript(SCHEMA)
         return log
 
@@ -142,10 +148,10 @@ def entry_of(
     tensors = [
         {
             "name": name,
-            "dtype": str(tensor.dtype),
+            "dtype": kind_of(tensor.dtype),
             "shape": list(tensor.shape),
             "bytes": tensor.nbytes,
-            "sha256": hashlib.sha256(tensor.tobytes()).hexdigest(),
+            "sha256": hashlib.sha256(np.ascontiguousarray(tensor)).hexdigest(),
         }
         for name, tensor in answer.tensors.items()
     ]

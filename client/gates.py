@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from mmfm_core.config.privacy import Privacy
 from mmfm_core.config.site import Release
 from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import Metric, SiteDescription
-from mmfm_core.storage import Tensors, write_text
+from mmfm_core.storage import Tensors, finite, write_text
 
 LONGEST_REASON = 2000
 
@@ -34,13 +35,18 @@ def approved(folder: Path, document: str) -> Federation:
     path = folder / f"{document}.yaml"
     if not re.fullmatch("[0-9a-f]{64}", document) or not path.is_file():
         raise MmfmError("this federation's document is not approved at this site")
-    changed = "this site's approved copy of the document was changed; approve it again"
     try:
-        federation = load_federation(path)
-    except MmfmError as error:
-        raise MmfmError(changed) from error
+        return _checked(path, path.read_bytes(), document)
+    except (MmfmError, OSError) as error:
+        raise MmfmError("this site's approved copy of the document was changed; approve it again") from error
+
+
+@lru_cache(maxsize=64)
+def _checked(path: Path, _text: bytes, document: str) -> Federation:
+    # By its text: the file is read for every message, and validated again when anything in it is another.
+    federation = load_federation(path)
     if sha256(federation) != document:
-        raise MmfmError(changed)
+        raise MmfmError("is another document", str(path))
     return federation
 
 
@@ -67,7 +73,7 @@ def check_tensors(tensors: Mapping[str, np.ndarray], like: Mapping[str, np.ndarr
             raise MmfmError(
                 f"the tensor '{name}' is {got.dtype}{list(got.shape)}, expected {expected.dtype}{list(expected.shape)}"
             )
-        if not np.isfinite(got).all():
+        if not finite(got):
             raise MmfmError(f"the tensor '{name}' holds values that are not finite")
 
 

@@ -1,16 +1,30 @@
 """Between a model and the arrays that travel and are kept."""
 
-import torch
+from weakref import WeakKeyDictionary
+
+import numpy as np
 
 from mmfm_core.models.model import MultimodalModel
 from mmfm_core.storage import Tensors
 
+_states: WeakKeyDictionary[MultimodalModel, Tensors] = WeakKeyDictionary()
+
 
 def arrays(model: MultimodalModel) -> Tensors:
     """A copy of the model's state dict as arrays."""
-    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in model.state_dict().items()}
+    return {name: own.copy() for name, own in _state(model).items()}
 
 
 def load(model: MultimodalModel, state: Tensors) -> None:
     """Set the model's whole state."""
-    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
+    own = _state(model)
+    assert own.keys() == state.keys()
+    for name, array in state.items():
+        np.copyto(own[name], array)
+
+
+def _state(model: MultimodalModel) -> Tensors:
+    # These are the model's own memory, and no part of a model is ever exchanged: one walk through it will do.
+    if model not in _states:
+        _states[model] = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    return _states[model]

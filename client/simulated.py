@@ -22,7 +22,7 @@ def site_directories(folder: Path) -> list[Path]:
 def _agent(directory: Path) -> Ask:
     from client.agent import Agent  # torch
 
-    return Agent.open(directory).answer
+    return Agent.open(directory, durable=False).answer
 
 
 def _agent_of(context: Context, _: float) -> Ask:

@@ -14,8 +14,8 @@ class LocalState:
     A round is always started from the state before it, so that a repeated round gives the same answer.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, durable: bool = True) -> None:
+        self.folder, self._durable = folder, durable
 
     def before(self, round_number: int) -> Tensors:
         """The local tensors to start a round from; empty before the first."""
@@ -24,8 +24,11 @@ class LocalState:
 
     def save(self, round_number: int, tensors: Tensors) -> None:
         """Keep the local tensors after a round, and drop what no repeated round can need."""
-        write_tensors(self._path(round_number), tensors)
         rounds = sorted(self._rounds())
+        if not tensors and not rounds:
+            return  # nothing is local, and a file for each round would say only that
+        write_tensors(self._path(round_number), tensors, self._durable)
+        rounds = sorted({*rounds, round_number})
         needed = [number for number in rounds if number <= round_number][-KEPT_ROUNDS:]  # a site may miss rounds
         for number in set(rounds) - set(needed):
             self._path(number).unlink(missing_ok=True)

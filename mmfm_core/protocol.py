@@ -5,7 +5,8 @@ JSON text that is validated on arrival; nothing here needs torch, so that a rela
 """
 
 from dataclasses import field, replace
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -128,9 +129,14 @@ Message = Describe | SiteDescription | RoundRequest | RoundReply | Refusal
 Expected = TypeVar("Expected", bound=Message)
 
 
+@cache
+def _adapter(kind: type[Message]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
 def text_of(message: Message) -> str:
     """All of a message but its tensors, as JSON."""
-    return TypeAdapter(type(message)).dump_json(message, exclude={"tensors"}).decode()
+    return _adapter(type(message)).dump_json(message, exclude={"tensors"}).decode()
 
 
 def to_records(message: Message) -> RecordDict:
@@ -166,7 +172,7 @@ def parsed(name: str, text: str, tensors: Tensors, *expected: type[Expected]) ->
     if kind not in expected:
         raise MmfmError(f"expected {' or '.join(k.__name__ for k in expected)}, and another kind of message came")
     try:
-        message: Expected = TypeAdapter(kind).validate_json(text)
+        message: Expected = _adapter(kind).validate_json(text)
         return replace(message, tensors=tensors) if isinstance(message, RoundRequest | RoundReply) else message
     except ValidationError as error:
         first = error.errors()[0]

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from safetensors.numpy import load, save
 from mmfm_core.errors import MmfmError
 
 Tensors = dict[str, np.ndarray]
+
+kind_of = cache(str)
+"""The name of a dtype, which numpy puts together anew each time."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,9 +46,9 @@ def unpacked(data: bytes) -> Tensors:
     return dict(sorted(load(data).items()))  # the library's own order is never the same twice
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file atomically."""
-    _write(path, packed(tensors))
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], durable: bool = True) -> None:
+    """Write a safetensors file atomically; where it is not `durable`, a power cut may take it."""
+    _write(path, packed(tensors), durable=durable)
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -61,13 +65,22 @@ def read_tensors(path: Path) -> Tensors:
         raise MmfmError("is not a whole safetensors file; restore it or remove it", str(path)) from error
 
 
+def finite(tensor: np.ndarray) -> bool:
+    """Whether all values are finite."""
+    if tensor.dtype.kind != "f":
+        return tensor.dtype.kind != "c" or bool(np.isfinite(tensor).all())
+    flat = tensor.reshape(-1)
+    # The sum of squares is not finite if any value is not; it may also overflow, and then all are looked at.
+    return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(tensor).all())
+
+
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
     """The sha256 of tensors with their names, types and shapes."""
     hashed = hashlib.sha256()
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
         hashed.update(f"{name} {array.dtype} {array.shape} ".encode())
-        hashed.update(array.tobytes())
+        hashed.update(array)
     return hashed.hexdigest()
 
 
@@ -83,7 +96,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rename(replaced)  # deleting it takes a while, in which half of it could be found
         partial.rename(path)
-        _flush_folder(path.parent)
+        flush(path.parent)  # a rename is durable only once its folder is on the disk
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
@@ -91,7 +104,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(left_over, ignore_errors=True)
 
 
-def _write(path: Path, data: bytes, mode: int = 0o666) -> None:
+def _write(path: Path, data: bytes, mode: int = 0o666, durable: bool = True) -> None:
     partial = path.with_name(f".partial-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,18 +112,20 @@ def _write(path: Path, data: bytes, mode: int = 0o666) -> None:
         with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         partial.replace(path)
-        _flush_folder(path.parent)
+        if durable:
+            flush(path.parent)
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
         raise _cannot_write(path, error) from error
 
 
-def _flush_folder(folder: Path) -> None:
-    # A rename is durable only once its folder is on the disk.
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Have a file or folder on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

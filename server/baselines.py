@@ -9,7 +9,7 @@ from mmfm_core.config.federation import FedAvg
 
 
 def local_only(federation: Federation) -> Federation:
-    """Every site alone, from the same initial model, for as many steps as it takes in the federated rounds."""
+    """Every site alone, from the same initial model, for as many steps as it would take in all federated rounds."""
     stages = tuple(
         stage.model_copy(
             update={
@@ -29,8 +29,9 @@ def local_only(federation: Federation) -> Federation:
 
 def pooled(federation: Federation, sites: int) -> Federation:
     """All data at one site, for as many steps as all sites take together in the federated rounds."""
+    together = min(sites, federation.aggregation.sites_per_round or sites)
     stages = tuple(
-        stage.model_copy(update={"local_steps": sites * stage.local_steps, "personal": 0.0, "local_first": 0})
+        stage.model_copy(update={"local_steps": together * stage.local_steps, "personal": 0.0, "local_first": 0})
         for stage in federation.stages
         if stage.federated
     )

@@ -81,7 +81,7 @@ class Coordinator:
         for attempt in range(1, ATTEMPTS + 1):
             for site in self.attendance.gather(needed, needed):
                 self.run.tell(f"takes part from round {this.number} on", site=site, round=this.number)
-            if self._attempt(strategy, this) >= needed:
+            if self._attempt(strategy, this, attempt) >= needed:
                 strategy.advance(self.attendance.sites.values())
                 return
             strategy.void()
@@ -97,10 +97,10 @@ class Coordinator:
             f"reply; {self.run.events} has each site's reason; mend that, then resume"
         )
 
-    def _attempt(self, strategy: Strategy, this: Round) -> int:
+    def _attempt(self, strategy: Strategy, this: Round, attempt: int) -> int:
         """Ask once, fold what comes, and return the number of usable replies."""
         started = time.monotonic()
-        asked = {node: site for node, site in self.attendance.sites.items() if strategy.takes_part(site, this)}
+        asked = strategy.drawn(self.attendance.sites, this, attempt)
         state = strategy.state_for(this)
         names = {node: strategy.tensors_for(site, this) for node, site in asked.items()}
         usable = bytes_up = 0

@@ -191,10 +191,12 @@ def _traffic_table(state: Tensors, federation: Federation, sites: list[SiteDescr
     rounds = rounds_of(federation)
     columns = ("site", "down per round", "up per round", "down in all", "up in all")
     table = _table("Traffic per site, MB", *columns, words=1)
-    for site in sites:
+    known = dict(enumerate(sites))
+    drawn = {this.number: strategy.drawn(known, this) for this in rounds}
+    for node, site in known.items():
         downs, ups = [0], [0]
         for this in rounds:
-            if strategy.takes_part(site, this):
+            if node in drawn[this.number]:
                 sent = {name: strategy.state_for(this)[name].nbytes for name in strategy.tensors_for(site, this)}
                 downs.append(sum(sent.values()))
                 trained = this.stage.train if this.stage and this.returns_tensors else ()
@@ -208,7 +210,8 @@ def _stages_table(federation: Federation) -> Table:
     columns = ("stage", "where", "rounds", "steps a round", "tasks", "trains")
     table = _table("Stages", *columns, words=len(columns))
     for stage in federation.stages:
-        where = "all sites together" if stage.federated else "each site for itself"
+        together = f"{federation.aggregation.sites_per_round or 'all'} sites together"
+        where = together if stage.federated else "each site for itself"
         table.add_row(
             stage.name,
             where,
@@ -221,7 +224,13 @@ def _stages_table(federation: Federation) -> Table:
 
 
 def _print_times(federation: Federation, sites: list[SiteDescription], cost: Seconds, console: Console) -> None:
-    steps = sum(stage.rounds * stage.local_steps * stage.batch_size for stage in federation.stages)
+    share = min(
+        1.0, (federation.aggregation.sites_per_round or len(sites)) / len(sites)
+    )  # of federated rounds, a site's
+    steps = sum(
+        (share if stage.federated else 1) * stage.rounds * stage.local_steps * stage.batch_size
+        for stage in federation.stages
+    )
     # A forward pass costs about a third of a training step.
     evaluated = [sum(site.studies[split] for r in rounds_of(federation) for split in r.evaluates) / 3 for site in sites]
     per_site = [
@@ -229,7 +238,7 @@ def _print_times(federation: Federation, sites: list[SiteDescription], cost: Sec
         for site, evaluations in zip(sites, evaluated, strict=True)
     ]
     federated = [stage for stage in federation.stages if stage.federated]
-    bounds = 2 * len(sites) * sum(s.rounds * s.local_steps * s.batch_size for s in federated) * cost.step
+    bounds = (1 + share) * len(sites) * sum(s.rounds * s.local_steps * s.batch_size for s in federated) * cost.step
     simulated, beside, busiest = duration(sum(per_site)), duration(bounds), duration(max(per_site))
     lines = (
         f"{len(rounds_of(federation))} rounds. Estimated on this machine: {simulated} to simulate them in turn, and",

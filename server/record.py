@@ -13,7 +13,7 @@ from typing import Any
 from mmfm_core.config import Federation, load_federation
 from mmfm_core.config.loading import dump, sha256
 from mmfm_core.errors import MmfmError
-from mmfm_core.storage import Tensors, read_tensors, whole_folder, write_json, write_tensors, write_text
+from mmfm_core.storage import Tensors, flush, read_tensors, whole_folder, write_json, write_tensors, write_text
 
 KEPT_CHECKPOINTS = 2
 LOCK_SECONDS = 3.0  # a killed command's worker takes a moment to notice
@@ -105,10 +105,12 @@ class Run:
 
     def update(self, **facts: Any) -> None:
         """Add or replace facts of `run.json`."""
-        write_json(self.directory / "run.json", self.facts | facts)
+        # A line each, and not indented: this is written in every round, with what every site said of itself.
+        lines = (f"  {json.dumps(name)}: {json.dumps(fact)}" for name, fact in (self.facts | facts).items())
+        write_text(self.directory / "run.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
     def record(self, **line: Any) -> None:
-        """Append one figure to `metrics.jsonl`."""
+        """Append one figure to `metrics.jsonl`; it is on the disk once its round's checkpoint is."""
         _append(self.metrics, line)
 
     def tell(self, text: str, *, level: str = "info", **context: Any) -> None:
@@ -116,7 +118,9 @@ class Run:
         # A site's own words may end up in a terminal, which obeys control characters.
         event = {"time": time.time(), "level": level, "text": text, **context}
         _append(
-            self.events, {key: _printable(value) if isinstance(value, str) else value for key, value in event.items()}
+            self.events,
+            {key: _printable(value) if isinstance(value, str) else value for key, value in event.items()},
+            flush=True,
         )
 
     def save_checkpoint(self, round_number: int, shared: Tensors, memory: Tensors | None = None) -> None:
@@ -125,6 +129,8 @@ class Run:
         With it, what the strategy remembers beside it (`server.strategy`), if anything.
         """
         folder = self.directory / "checkpoints"
+        if self.metrics.is_file():
+            flush(self.metrics)
         with whole_folder(folder / f"round-{round_number:05d}") as checkpoint:
             write_tensors(checkpoint / "shared.safetensors", shared)
             if memory:
@@ -204,11 +210,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:TOLD_CHARACTERS])
 
 
-def _append(path: Path, line: Mapping[str, Any]) -> None:
+def _append(path: Path, line: Mapping[str, Any], flush: bool = False) -> None:
     try:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         raise MmfmError(f"{path}: cannot be written ({error.strerror}); make room, then go on with --resume") from error

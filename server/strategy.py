@@ -4,6 +4,7 @@ Ours rather than a subclass of Flower's: those need every reply in memory at onc
 while here sites hold different blocks and each reply is folded and dropped as it comes.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 
@@ -15,7 +16,7 @@ from mmfm_core.config.rounds import Round
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.parameters import CONTROL, block_of, matches
 from mmfm_core.protocol import RoundReply, SiteDescription
-from mmfm_core.storage import Tensors
+from mmfm_core.storage import Tensors, finite
 from server.aggregation import BlockwiseMean
 from server.optimizer import ServerOptimizer
 
@@ -43,6 +44,24 @@ class Strategy:
     def takes_part(self, site: SiteDescription, this: Round) -> bool:
         """Whether a site has anything to train on in this round (or, where nothing is trained, anything at all)."""
         return this.stage is None or training_studies(site, this.stage) > 0
+
+    def drawn(self, sites: Mapping[int, SiteDescription], this: Round, attempt: int = 1) -> dict[int, SiteDescription]:
+        """Those who are asked in a round, by node: all that take part in it, or as many as the document draws of them.
+
+        The draw depends on the document's seed, the round and the attempt alone, so that a resumed run repeats it, and
+        a site that is not there moves nobody but its substitute.
+        """
+        there = {node: site for node, site in sites.items() if self.takes_part(site, this)}
+        wanted = self.federation.aggregation.sites_per_round
+        if wanted is None or not this.returns_tensors:
+            return there
+
+        def place(node: int) -> bytes:
+            lot = f"{self.federation.seed}/{this.number}/{attempt}/{there[node].site}"
+            return hashlib.sha256(lot.encode()).digest()
+
+        chosen = set(sorted(there, key=place)[:wanted])
+        return {node: site for node, site in there.items() if node in chosen}
 
     def state_for(self, this: Round) -> Tensors:
         """All that a round's messages may hold: the shared state and, for SCAFFOLD, the control variates."""
@@ -125,7 +144,7 @@ class Strategy:
             got, like = tensors[name], state[name]
             if got.shape != like.shape or got.dtype != like.dtype:
                 raise MmfmError(f"'{name}' is {got.dtype}{list(got.shape)}, expected {like.dtype}{list(like.shape)}")
-            if not np.isfinite(got).all():
+            if not finite(got):
                 raise MmfmError(f"'{name}' holds values that are not finite")
 
     @staticmethod

@@ -1,6 +1,7 @@
 """Block-wise averaging, against a plain numpy mean."""
 
 import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from mmfm_core.models.parameters import block_of
-from server.aggregation import BlockwiseMean
+from server.aggregation import CHUNK, BlockwiseMean
 
 NAMES = ("encoders.scan.weight", "encoders.scan.count", "encoders.note.weight", "fusion.weight", "heads.y.bias")
 KINDS = {"encoders.scan.count": np.int64, "heads.y.bias": np.float16}
@@ -87,3 +88,35 @@ def test_memory_is_that_of_one_model_for_any_number_of_sites():
         return highest
 
     assert peak(40) < 1.05 * peak(4)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 500), st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)), min_size=1
+    )
+)
+def test_a_mean_is_the_exact_one_but_for_its_last_rounding(sent):
+    """Against rational numbers: half a unit in the last place of float32, and what float64 sums may lose at most."""
+    mean, shared = BlockwiseMean(), {"fusion.weight": np.zeros(4, np.float32)}
+    for weight, values in sent:
+        mean.fold({"fusion.weight": np.array(values, np.float32)}, {"fusion": float(weight)})
+    mean.apply_to(shared)
+    total = sum(weight for weight, _ in sent)
+    for column, got in enumerate(shared["fusion.weight"]):
+        exact = sum(weight * Fraction(values[column]) for weight, values in sent) / total
+        largest = sum(weight * abs(Fraction(values[column])) for weight, values in sent) / total
+        allowed = max(abs(exact), Fraction(2) ** -126) / 2**24 + largest * (len(sent) + 2) / 2**53
+        assert abs(Fraction(float(got)) - exact) <= allowed
+
+
+def test_a_tensor_of_any_length_and_layout_is_averaged_to_its_end():
+    """Shorter and longer than the pieces that it is worked on in, as wide as them, and transposed."""
+    rng = np.random.default_rng(0)
+    for shape in ((1,), (CHUNK,), (CHUNK + 1,), (3, CHUNK), (2 * CHUNK - 1,), (0,), ()):
+        replies = [np.asarray(rng.normal(size=shape[::-1]).T.astype(np.float32)) for _ in range(3)]
+        mean, shared = BlockwiseMean(), {"fusion.weight": np.zeros(shape, np.float32)}
+        for weight, reply in enumerate(replies, start=1):
+            mean.fold({"fusion.weight": reply}, {"fusion": float(weight)})
+        mean.apply_to(shared)
+        expected = np.average(np.stack(replies).astype(np.float64), axis=0, weights=[1, 2, 3])
+        np.testing.assert_array_equal(shared["fusion.weight"], expected.astype(np.float32))

@@ -128,6 +128,7 @@ def reads(found: str, said: str) -> bool:
             False,
             "stages.0.rounds: a stage that is not federated has no rounds; give it local_steps",
         ),
+        ("aggregation.sites_per_round", 1, "aggregation.sites_per_round: 1 sites can never give the replies of min_…"),
         ("evaluation", {"illness": {}}, "evaluation.illness: there is no such head; known: disease"),
         (
             "evaluation",

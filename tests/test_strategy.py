@@ -1,5 +1,6 @@
 """The strategy takes only what it asked for; a bad reply costs only its sender."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pandas as pd
 import pytest
 from tiny import tiny_federation
 
-from mmfm_core.config.rounds import rounds_of
+from mmfm_core.config.rounds import Round, rounds_of
 from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import RoundReply, SiteDescription
 from server.coordinator import initial_state
@@ -150,3 +151,53 @@ def test_the_running_mean_of_rounds_is_pandas_and_stands_at_the_end():
     for name, tensor in strategy.shared.items():
         assert tensor.dtype == np.float32
         assert np.allclose(tensor, reference), name
+
+
+def drawing(sites_per_round: int | None, seed: int = 0) -> Strategy:
+    aggregation = FEDERATION.aggregation.model_copy(update={"sites_per_round": sites_per_round})
+    federation = FEDERATION.model_copy(update={"aggregation": aggregation, "seed": seed})
+    return Strategy(federation, initial_state(FEDERATION))
+
+
+MANY = {node: site(f"hospital-{node}", "labs") for node in range(20)}
+
+
+def in_round(number: int) -> Round:
+    return replace(FIRST, number=number)
+
+
+def test_every_site_is_drawn_about_equally_often_and_no_round_has_more_than_asked():
+    """400 rounds, 5 of 20: each site in 100 on average; within 5 standard deviations of a hypergeometric draw."""
+    strategy = drawing(5)
+    rounds = [strategy.drawn(MANY, in_round(number)) for number in range(1, 401)]
+    assert {len(chosen) for chosen in rounds} == {5}
+    counts = Counter(node for chosen in rounds for node in chosen)
+    assert all(abs(counts[node] - 100) < 5 * (400 * 0.25 * 0.75) ** 0.5 for node in MANY)
+    assert len({tuple(chosen) for chosen in rounds}) > 350  # not the same few sites again and again
+
+
+def test_a_draw_is_repeated_by_a_resumed_run_and_changed_by_seed_round_and_attempt():
+    first = drawing(5).drawn(MANY, in_round(3))
+    renumbered = {100 - node: site for node, site in MANY.items()}  # Flower gives a node a new number
+    again = drawing(5).drawn(dict(reversed(renumbered.items())), in_round(3))
+    assert {site.site for site in again.values()} == {site.site for site in first.values()}
+    others = [
+        drawing(5).drawn(MANY, in_round(4)),
+        drawing(5).drawn(MANY, in_round(3), attempt=2),
+        drawing(5, seed=1).drawn(MANY, in_round(3)),
+    ]
+    assert all(set(other) != set(first) for other in others)
+
+
+def test_a_site_that_is_absent_moves_nobody_but_its_substitute():
+    first = drawing(5).drawn(MANY, FIRST)
+    gone = next(iter(first))
+    now = drawing(5).drawn({node: site for node, site in MANY.items() if node != gone}, FIRST)
+    assert set(first) - {gone} < set(now)
+    assert len(now) == 5
+
+
+def test_what_sites_do_for_themselves_is_not_left_to_chance():
+    assert drawing(5).drawn(MANY, LAST) == MANY
+    assert drawing(None).drawn(MANY, FIRST) == MANY
+    assert drawing(50).drawn(MANY, FIRST) == MANY

@@ -132,6 +132,8 @@ class Aggregation(Strict):
             was, which holds rare modalities back. It is there to compare with.
         ema: the decay of a running mean over the rounds' shared states, which then is the one that is measured, adapted
             and kept at the end; 0 keeps the last round's. It evens noise out and costs no privacy (De et al. 2022).
+        sites_per_round: how many sites are drawn for each federated round, of those that have something to train on;
+            all of them where it is not given. What sites adapt or measure for themselves is never left to chance.
     """
 
     strategy: Annotated[
@@ -140,8 +142,18 @@ class Aggregation(Strict):
     weight: Literal["studies_with_modality", "studies"] = "studies_with_modality"
     ema: float = Field(default=0.0, ge=0, lt=1)
     min_sites: PositiveInt = 2
+    sites_per_round: PositiveInt | None = None
     quorum_wait: PositiveFloat = 600.0
     deadline: PositiveFloat = 1800.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Aggregation":
+        if self.sites_per_round is not None and self.sites_per_round < self.min_sites:
+            raise ValueError(
+                f"sites_per_round: {self.sites_per_round} sites can never give the replies of min_sites, "
+                f"{self.min_sites}; raise it, or lower min_sites"
+            )
+        return self
 
 
 class Evaluation(Strict):

@@ -7,6 +7,7 @@ the row out would give each encoder its own batch size, and per-patient gradient
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from mmfm_core.config.modality import (
 )
 from mmfm_core.config.model import Model
 from mmfm_core.config.part import Repaired
-from mmfm_core.config.site import Site, Split
+from mmfm_core.config.site import SPLITS, Site, Split
 from mmfm_core.data.manifest import Study, read_manifest
 from mmfm_core.data.readers import read_image, read_volume
 from mmfm_core.errors import MmfmError
@@ -95,7 +96,12 @@ class Dataset:
         for task in tasks:
             if task in self.everything.usable:
                 usable |= self.everything.usable[task]
-        return [row for row, study in enumerate(self.studies) if study.split == split and usable[row]]
+        rows: list[int] = (usable & self._splits[split]).nonzero().flatten().tolist()
+        return rows
+
+    @cached_property
+    def _splits(self) -> dict[Split, Tensor]:
+        return {split: torch.tensor([study.split == split for study in self.studies]) for split in SPLITS}
 
 
 def load_dataset(site: Site, model: Model, artifacts: Path = NO_ARTIFACTS) -> Dataset:

@@ -101,7 +101,7 @@ def seeded(*parts: object) -> Iterator[None]:
     """Torch's CPU generator seeded from `parts` inside the block, and as it was after it."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest[:8]) % 2**63)
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8]) % 2**63)
         yield
 
 

@@ -110,5 +110,5 @@ def unpredictable() -> Iterator[None]:
     that one was there.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(secrets.randbits(63))
+        torch.default_generator.manual_seed(secrets.randbits(63))
         yield

@@ -42,7 +42,6 @@ def predict(
 
     With `modalities`, as if the studies had no other; those that have none of them are left out.
     """
-    model.eval()
     for name, head in model.heads.items():
         assert isinstance(head, Head)
         rows = [] if heads is not None and name not in heads else dataset.rows(split, [name])
@@ -51,6 +50,7 @@ def predict(
             rows = [row for row in rows if here[row]]
         if not rows:
             continue
+        model.eval()
         columns: dict[str, list[object]] = {
             "study": [dataset.studies[row].study for row in rows],
             "patient": [dataset.studies[row].patient for row in rows],

@@ -63,12 +63,14 @@ def train(
     if stage.local_first:
         first = set(trainable) & set(rule.first)
         phases = [(first, stage.local_first), (set(trainable) - first, stage.local_steps - stage.local_first)]
-    if not any(name in trainable for name, _ in model.named_parameters()):
+    parameters = dict(model.named_parameters())
+    if parameters.keys().isdisjoint(trainable):
         raise MmfmError(f"stage '{stage.name}' trains nothing that this site holds; check 'train' and 'parameters'")
 
     def losses(batch: Batch) -> Tensor:
         each = model.losses(batch, tasks)
-        return torch.stack([task.weight * each[name] for name, task in tasks.items()]).sum(0)
+        weighted = [task.weight * each[name] for name, task in tasks.items()]
+        return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
 
     gradients: Callable[[Mapping[str, nn.Parameter]], float | Tensor]
     if mechanism:
@@ -81,9 +83,9 @@ def train(
         gradients = partial(_plain_gradients, losses, dataset, batches)
     total = torch.zeros(())
     for names, steps in phases:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in names)
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = {name: parameter for name, parameter in parameters.items() if name in names}
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trained)
         if not trained:
             continue
         model.train()  # after the flags: a frozen trunk has no dropout
@@ -112,6 +114,8 @@ def _plain_gradients(
 
 
 def _apply(rule: Rule, trained: Mapping[str, nn.Parameter]) -> None:
+    if not rule.strength and not rule.correction:
+        return
     for name, parameter in trained.items():
         if parameter.grad is not None:
             if rule.strength and name in rule.anchors:

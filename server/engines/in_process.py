@@ -92,7 +92,9 @@ class InProcessGrid(Grid):
 
 def simulate(run_directory: Path) -> None:
     """Run the federation of a run directory over the sites in it."""
-    simulate_with(run_directory, [Agent.open(folder) for folder in site_directories(run_directory / "sites")])
+    simulate_with(
+        run_directory, [Agent.open(folder, durable=False) for folder in site_directories(run_directory / "sites")]
+    )
 
 
 def simulate_with(run_directory: Path, agents: list[Agent]) -> None:

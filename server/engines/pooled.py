@@ -37,14 +37,22 @@ def simulate(run_directory: Path) -> None:
             link.symlink_to((folders[0] / shared).resolve())
     simulate_with(
         run_directory,
-        [Agent(run_directory / "pooled", "pooled", EXACT, partial(_read_all, folders, run_directory / "artifacts"))],
+        [
+            Agent(
+                run_directory / "pooled",
+                "pooled",
+                EXACT,
+                partial(_read_all, folders, run_directory / "artifacts"),
+                durable=False,
+            )
+        ],
     )
     run.update(status="measuring")  # or a run that is killed now would never be measured
     checkpoint = run.checkpoint()
     assert checkpoint is not None
     strategy = Strategy(run.federation, checkpoint[1])
     for folder in folders:
-        _measure(Agent.open(folder), run, strategy)
+        _measure(Agent.open(folder, durable=False), run, strategy)
     run.update(status="completed", finished=time.time())
 
 

@@ -1,0 +1,12 @@
+"""x"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import sys
+from pathlib import Path
+
+from rounds import overhead
+
+size, sites, per, rounds = sys.argv[1], *map(int, sys.argv[2:5])
+print(overhead(Path("/tmp/speeddata"), size, sites, per, rounds))
