@@ -18,6 +18,7 @@ from client.loading import arrays, load
 from client.predictions import write_predictions
 from client.private import LEDGER, PrivateRounds
 from client.state import LocalState
+from mmfm_core.compression import closed, narrowed, widened
 from mmfm_core.config import Federation, load_site
 from mmfm_core.config.federation import Fate, Stage
 from mmfm_core.config.model import Model
@@ -163,7 +164,9 @@ class Agent:
             raise MmfmError(f"the document has {len(p.rounds)} rounds, and round {request.round} was asked for")
         this = p.rounds[request.round - 1]
         shared = {name: p.initial[name] for name in held(p.fates, "shared")}
-        gates.check_tensors(request.tensors, shared | controls_of(p.federation, this, shared))
+        wire, held_here = p.federation.aggregation.wire, shared | controls_of(p.federation, this, shared)
+        gates.check_tensors(request.tensors, narrowed(held_here) if wire.state == "fp16" else held_here)
+        received = widened(request.tensors, held_here)
         private = p.private if p.private and p.private.charge(this) else None
         if private and (known := private.answered(request)):
             return known
@@ -171,7 +174,7 @@ class Agent:
             private.reserve(this)  # of figures; a round that fails is taken again for what was reserved
         kept = p.state.before(this.number)
         # What was adapted here comes last: after the last upload it stands over the shared state.
-        tensors = {**p.initial, **request.tensors, **kept}
+        tensors = {**p.initial, **received, **kept}
         before = {name: tensors[name] for name in p.initial}
         load(p.model, before)
         metrics = self._measure(p, "shared", self._told(p, this.evaluates))
@@ -187,13 +190,14 @@ class Agent:
             trained = self._trained(p, this.stage)
             with self._randomness(p, this), private.paid(this) if private else nullcontext():
                 mechanism = private.mechanism(self._patients(p, this.stage)) if private else None
-                learned = learn(p.model, p.dataset, this.stage, trained, list(shared), request.tensors, kept, mechanism)
+                learned = learn(p.model, p.dataset, this.stage, trained, list(shared), received, kept, mechanism)
                 leaving = gates.releasable(learned.after, [n for n in trained if n in shared])
                 controls = gates.releasable(learned.controls, learned.controls)
             loss = learned.loss
             weights = block_weights(p.federation.model, p.dataset, this, leaving)
+            leaving, lost = closed(before, leaving, kept, wire.update)
             leaving |= controls
-            stays = {name: array for name, array in kept.items() if name not in p.initial} | learned.kept
+            stays = {name: array for name, array in kept.items() if name not in p.initial} | learned.kept | lost
             p.state.save(this.number, {name: learned.after[name] for name in held(p.fates, "local")} | stays)
         else:
             trained = self._trained(p, this.stage)

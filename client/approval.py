@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ from client.agent import controls_of
 from client.loading import arrays
 from client.place import Place
 from mmfm_core.artifacts import collect
+from mmfm_core.compression import bytes_of
 from mmfm_core.config import Federation, Site, load_federation
 from mmfm_core.config.loading import sha256
 from mmfm_core.config.rounds import rounds_of
@@ -136,15 +138,16 @@ def _leaving(proposal: Proposal) -> str:
             rounds.append(leaving | controls_of(federation, this, leaving))
     if not rounds:
         return "LEAVES: no tensor; every stage trains at this site alone."
-    most, total = max(rounds, key=_bytes), sum(_bytes(leaving) for leaving in rounds)
+    size = partial(bytes_of, form=federation.aggregation.wire.update)
+    most, total = max(rounds, key=size), sum(size(leaving) for leaving in rounds)
     each = [
-        f"{block} ({count} tensors, {_bytes({n: t for n, t in most.items() if block_of(n) == block}) / MB:.3f} MB)"
+        f"{block} ({count} tensors, {size({n: t for n, t in most.items() if block_of(n) == block}) / MB:.3f} MB)"
         for block, count in _by_block(most).items()
     ]
     loss = ", and the mean training loss" if not federation.privacy or federation.privacy.exact else ""
     return (
         f"LEAVES, in each of {len(rounds)} rounds: the trained parameters of {', '.join(each)}; "
-        f"{_bytes(most) / MB:.3f} MB a round at most, {total / MB:.3f} MB in all, unless a round is repeated. With "
+        f"{size(most) / MB:.3f} MB a round at most, {total / MB:.3f} MB in all, unless a round is repeated. With "
         "them, how many training studies stand behind each of these blocks, rounded up to multiples of "
         f"{proposal.site.release.min_count}{loss}."
     )
@@ -170,7 +173,3 @@ def _figures(federation: Federation, least: int) -> str:
 
 def _by_block(names: Iterable[str]) -> Counter[str]:
     return Counter(block_of(name) for name in names)
-
-
-def _bytes(tensors: Tensors) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())

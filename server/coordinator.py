@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
+from mmfm_core.compression import narrowed
 from mmfm_core.config.federation import Federation
 from mmfm_core.config.loading import sha256
 from mmfm_core.config.rounds import Round, rounds_of
@@ -102,6 +103,8 @@ class Coordinator:
         started = time.monotonic()
         asked = strategy.drawn(self.attendance.sites, this, attempt)
         state = strategy.state_for(this)
+        if self.federation.aggregation.wire.state == "fp16":
+            state = narrowed(state)
         names = {node: strategy.tensors_for(site, this) for node, site in asked.items()}
         usable = bytes_up = 0
         for answer in ask(

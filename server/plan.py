@@ -13,6 +13,7 @@ from rich.table import Table
 from client.gates import described
 from client.loading import arrays
 from mmfm_core.artifacts import collect
+from mmfm_core.compression import bytes_of
 from mmfm_core.config import Federation
 from mmfm_core.config.loading import sha256
 from mmfm_core.config.modality import TableModality, TextModality
@@ -193,14 +194,16 @@ def _traffic_table(state: Tensors, federation: Federation, sites: list[SiteDescr
     table = _table("Traffic per site, MB", *columns, words=1)
     known = dict(enumerate(sites))
     drawn = {this.number: strategy.drawn(known, this) for this in rounds}
+    wire = federation.aggregation.wire
     for node, site in known.items():
         downs, ups = [0], [0]
         for this in rounds:
             if node in drawn[this.number]:
-                sent = {name: strategy.state_for(this)[name].nbytes for name in strategy.tensors_for(site, this)}
-                downs.append(sum(sent.values()))
+                sent = {name: strategy.state_for(this)[name] for name in strategy.tensors_for(site, this)}
+                downs.append(bytes_of(sent, wire.state))
                 trained = this.stage.train if this.stage and this.returns_tensors else ()
-                ups.append(sum(size for name, size in sent.items() if matches(name.removeprefix(CONTROL), trained)))
+                back = {name: tensor for name, tensor in sent.items() if matches(name.removeprefix(CONTROL), trained)}
+                ups.append(bytes_of(back, wire.update))
         cells = (max(downs), max(ups), sum(downs), sum(ups))
         table.add_row(site.site, *(f"{value / MB:.3f}" for value in cells))
     return table

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from mmfm_core.compression import opened
 from mmfm_core.config import Federation
 from mmfm_core.config.federation import Stage
 from mmfm_core.config.rounds import Round
@@ -87,17 +88,19 @@ class Strategy:
         if this.stage and this.returns_tensors:
             names = self.tensors_for(site, this)
             expected = [name for name in names if matches(name.removeprefix(CONTROL), this.stage.train)]
-        self._check_tensors(reply.tensors, expected, self.state_for(this))
+        state, wire = self.state_for(this), self.federation.aggregation.wire
+        tensors = opened(reply.tensors, {name: state[name] for name in expected}, wire.update)
+        self._check_tensors(tensors, expected, state)
         self._check_weights(reply.weights, {block_of(name.removeprefix(CONTROL)) for name in expected}, site)
         self._took_part.add(site.site)
-        plain = {name: tensor for name, tensor in reply.tensors.items() if not name.startswith(CONTROL)}
+        plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(CONTROL)}
         self._mean.fold(plain, reply.weights)
         if self.federation.aggregation.weight == "studies" and plain:
             others = {
                 n: t for n, t in self.shared.items() if this.stage and matches(n, this.stage.train) and n not in plain
             }
             self._mean.fold(others, {block_of(name): max(reply.weights.values()) for name in others})
-        changes = {n.removeprefix(CONTROL): tensor for n, tensor in reply.tensors.items() if n.startswith(CONTROL)}
+        changes = {n.removeprefix(CONTROL): tensor for n, tensor in tensors.items() if n.startswith(CONTROL)}
         self._controls.fold(changes, reply.weights)
 
     def advance(self, sites: Iterable[SiteDescription]) -> None:

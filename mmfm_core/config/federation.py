@@ -123,6 +123,21 @@ def _with_defaults(strategy: object) -> object:
     return {"type": strategy} if isinstance(strategy, str) else strategy
 
 
+UpdateFormat = Literal["fp32", "fp16", "int8"]
+
+
+class Wire(Strict):
+    """In how many bits parameters travel (`mmfm_core.compression`).
+
+    Attributes:
+        state: the shared state, to the sites. The coordinator keeps it in full precision and adds updates to that.
+        update: what a site changed, to the coordinator. What rounding takes is added to its next update.
+    """
+
+    state: Literal["fp32", "fp16"] = "fp32"
+    update: UpdateFormat = "fp32"
+
+
 class Aggregation(Strict):
     """How replies become the next shared state, and how long the coordinator waits (seconds).
 
@@ -143,6 +158,7 @@ class Aggregation(Strict):
     ema: float = Field(default=0.0, ge=0, lt=1)
     min_sites: PositiveInt = 2
     sites_per_round: PositiveInt | None = None
+    wire: Wire = Wire()
     quorum_wait: PositiveFloat = 600.0
     deadline: PositiveFloat = 1800.0
 
@@ -153,6 +169,8 @@ class Aggregation(Strict):
                 f"sites_per_round: {self.sites_per_round} sites can never give the replies of min_sites, "
                 f"{self.min_sites}; raise it, or lower min_sites"
             )
+        if self.strategy.type == "scaffold" and self.wire != Wire():
+            raise ValueError("wire: SCAFFOLD's control variates travel in full precision; leave it out")
         return self
 
 
