@@ -299,8 +299,12 @@ def disk_full(world: World) -> None:
     """The coordinator's disk is full during a run: it fails with a sentence, and goes on once there is space."""
     place = world.coordinator.directory / "runs" / "disk"
     place.mkdir(parents=True)
+    # A program sees the mounts that there were when its namespace was entered.
+    world.coordinator.mmfm("down")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=True)
     try:
+        world.coordinator.mmfm("up", "--detach")
+        world.everyone_is_online()
         federation = document("disk", 4)
         for hospital in world.hospitals:
             hospital.approve(federation)
