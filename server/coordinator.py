@@ -34,7 +34,8 @@ def coordinate(grid: Grid, run: Run) -> None:
     """
     with run.locked():
         try:
-            Coordinator(grid, run).work()
+            with run.room_kept():
+                Coordinator(grid, run).work()
         except MmfmError as error:
             run.update(status="failed", cause=str(error), finished=time.time())
             raise

@@ -19,6 +19,7 @@ KEPT_CHECKPOINTS = 2
 LOCK_SECONDS = 3.0  # a killed command's worker takes a moment to notice
 LOCKS = ROUNDS_LOCK, COMMAND_LOCK = ".lock", ".command.lock"
 TOLD_CHARACTERS = 500
+ROOM, ROOM_BYTES = ".room", 64 << 10
 
 
 class Run:
@@ -188,6 +189,23 @@ class Run:
                         ) from error
                     time.sleep(0.1)
             yield
+
+    @contextmanager
+    def room_kept(self) -> Iterator[None]:
+        """Inside, a little of the disk is kept free, so that after it the outcome can be written on a full disk, too.
+
+        Raises:
+            MmfmError: there is no room.
+        """
+        room = self.directory / ROOM
+        try:
+            try:
+                room.write_bytes(os.urandom(ROOM_BYTES))  # what is all zeros may take no room
+            except OSError as error:
+                raise MmfmError(f"{room}: cannot be written ({error.strerror}); make room, then go on") from error
+            yield
+        finally:
+            room.unlink(missing_ok=True)
 
     def _check_place(self) -> None:
         # Hidden files are locks, or what a killed process left of a run it was about to create.

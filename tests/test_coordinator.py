@@ -1,5 +1,7 @@
 """The coordinator against sites that misbehave: each costs only itself, is named, and the round goes on."""
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -264,6 +266,34 @@ def test_a_round_that_comes_to_nothing_fails_with_its_cause_and_can_be_resumed(f
     assert run.facts["status"] == "completed"
     assert run.facts["cause"] is None
     assert sites[0].asked == [2, 3]
+    assert_same(checkpoint(run, 2), mean_after(federation, [sites, sites]))
+
+
+def test_a_run_whose_disk_is_full_still_says_why_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between one byte of room and none, whatever was written last: here nothing can be until something is deleted."""
+    federation, full = two_rounds(**QUICK), set()
+    run = make_run(tmp_path, federation)
+    flush, files = os.fsync, lambda: {path for path in run.directory.rglob("*") if ".partial-" not in str(path)}
+
+    def on_a_full_disk(descriptor: int) -> None:
+        if full and full <= files():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    def fills_up(reply: RoundReply) -> RoundReply:
+        full.update(files())
+        return reply
+
+    monkeypatch.setattr(os, "fsync", on_a_full_disk)
+    with pytest.raises(MmfmError, match="cannot be written"):
+        coordinate(FakeGrid(Site("north"), Site("south", spoil={2: fills_up})), run)
+    assert run.facts["status"] == "failed"
+    assert "No space left on device); make room" in run.facts["cause"]
+    full.clear()
+
+    sites = Site("north"), Site("south")
+    coordinate(FakeGrid(*sites), run)
+    assert run.facts["status"] == "completed"
     assert_same(checkpoint(run, 2), mean_after(federation, [sites, sites]))
 
 

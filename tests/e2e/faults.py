@@ -299,8 +299,12 @@ def disk_full(world: World) -> None:
     """The coordinator's disk is full during a run: it fails with a sentence, and goes on once there is space."""
     place = world.coordinator.directory / "runs" / "disk"
     place.mkdir(parents=True)
+    # A program sees the mounts that there were when its namespace was entered.
+    world.coordinator.mmfm("down")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=True)
     try:
+        world.coordinator.mmfm("up", "--detach")
+        world.everyone_is_online()
         federation = document("disk", 4)
         for hospital in world.hospitals:
             hospital.approve(federation)
@@ -324,32 +328,54 @@ def endurance(world: World) -> None:
     """24 rounds, and in each a fault drawn by lot; every process's memory stays flat."""
     chance = random.Random(2)  # noqa: S311
     run = world.run("endurance", rounds=24, deadline=40.0 * PACE)
-    memory: list[int] = []
+    memory: dict[int, list[int]] = {}
     done = 0
     while facts(run)["status"] not in ("completed", "failed"):
         if facts(run).get("round", 0) > done:
             done = facts(run)["round"]
-            memory.append(_resident(world.coordinator.processes()))
-            victim, fault = chance.randrange(len(SITES)), chance.choice(["none", "agent", "site", "cut", "pause"])
-            hospital = world.hospitals[victim]
-            print(f"  round {done}: {fault} at {hospital.name}; coordinator {memory[-1]} MB", flush=True)
-            if fault == "agent":
-                hospital.kill(words=AGENT)
-            elif fault == "site":
-                hospital.kill()
-                hospital.start()
-            elif fault == "cut":
-                world.network.cut(victim)
-                time.sleep(5)
-                world.network.join(victim)
-            elif fault == "pause":
-                hospital.kill(signal.SIGSTOP, AGENT)
-                time.sleep(8)
-                hospital.kill(signal.SIGCONT, AGENT)
+            for pid in (*world.coordinator.processes(), *(pid for each in world.hospitals for pid in each.processes())):
+                memory.setdefault(pid, []).append(_resident(pid))
+            hospital, fault = chance.choice(world.hospitals), chance.choice(sorted(FAULTS))
+            print(f"  round {done}: {fault} at {hospital.name}; all processes {_sum(memory)} MB", flush=True)
+            FAULTS[fault](world, hospital)
         time.sleep(0.5)
     world.completed(run)
-    sites_of_round(run)
-    assert memory[-1] < 1.3 * memory[len(memory) // 4], memory
+    took = sites_of_round(run)
+    print(f"  replies counted: {sum(map(len, took.values()))} of {len(SITES) * len(took)}")
+    lasting = {pid: sizes for pid, sizes in memory.items() if len(sizes) >= 8}
+    for pid, sizes in lasting.items():
+        early, late = max(sizes[: len(sizes) // 2]), max(sizes[-2:])
+        print(f"  {_name(pid)}: {len(sizes)} rounds, {early} MB at most in the first half, {late} MB at the end")
+        assert late < 1.15 * early + 20, sizes
+    assert len(lasting) >= 12, "too few processes lasted to say anything"
+
+
+def _cut_shortly(world: World, hospital: Hospital) -> None:
+    number = world.hospitals.index(hospital)
+    world.network.cut(number)
+    time.sleep(5)
+    world.network.join(number)
+
+
+def _restart(_: World, hospital: Hospital) -> None:
+    hospital.kill()
+    hospital.start()
+
+
+def _pause(_: World, hospital: Hospital) -> None:
+    hospital.kill(signal.SIGSTOP, AGENT)
+    time.sleep(8)
+    hospital.kill(signal.SIGCONT, AGENT)
+
+
+FAULTS: dict[str, Callable[[World, Hospital], None]] = {
+    "none": lambda _, __: None,
+    "agent killed": lambda _, hospital: hospital.kill(words=AGENT),
+    "courier killed": lambda _, hospital: hospital.kill(words="client.courier"),
+    "site killed": _restart,
+    "line cut": _cut_shortly,
+    "agent paused": _pause,
+}
 
 
 SCENARIOS: list[Callable[[World], None]] = [
@@ -419,15 +445,24 @@ def main(names: list[str]) -> int:
     return failed
 
 
-def _resident(pids: list[int]) -> int:
-    """Memory of processes in MB, shared pages counted once each."""
-    pages = 0
-    for pid in pids:
-        with suppress(OSError):
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    pages += int(line.split()[1])
-    return pages // 1024
+def _resident(pid: int) -> int:
+    """Memory of a process in MB, where it shares pages its part of them; 0 where it is gone."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) // 1024
+    return 0
+
+
+def _sum(memory: dict[int, list[int]]) -> int:
+    return sum(sizes[-1] for pid, sizes in memory.items() if Path(f"/proc/{pid}").exists())
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().split(" --")[0]
+        return " ".join(word.rpartition("/")[2] for word in words.split())[-60:]
+    return f"process {pid}, which has ended"
 
 
 if __name__ == "__main__":
