@@ -140,6 +140,9 @@ class Held(Array):
         array.__dict__ |= {"dtype": kind_of(tensor.dtype), "shape": tensor.shape, "stype": SType.NUMPY, "_held": kept}
         return array
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _held, (self.numpy(),)
+
     def __getattr__(self, name: str) -> Any:
         if name != "data" or "_held" not in self.__dict__:
             raise AttributeError(name)
@@ -149,6 +152,10 @@ class Held(Array):
     def numpy(self) -> np.ndarray:
         """The tensor."""
         return self.__dict__["_held"] if "_held" in self.__dict__ else super().numpy()
+
+
+def _held(tensor: np.ndarray) -> Held:
+    return Held.of(tensor)
 
 
 Held.__qualname__ = Array.__qualname__  # under which Flower's link sends it, and gives it back as an Array
