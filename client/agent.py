@@ -14,7 +14,7 @@ from client import gates
 from client.adaptation import choose
 from client.egress import EGRESS, EgressLog
 from client.learning import PERSONAL, learn
-from client.loading import arrays, load
+from client.loading import arrays, initial, load
 from client.predictions import write_predictions
 from client.private import LEDGER, PrivateRounds
 from client.state import LocalState
@@ -39,6 +39,9 @@ from mmfm_core.training.evaluation import metrics_of, predict, subsets
 from mmfm_core.training.steps import train
 
 log = logging.getLogger(__name__)
+
+Build = Callable[[Model, Collection[str], Collection[str], int, Path], MultimodalModel]
+"""Of what a site holds of a document's model: see `MultimodalModel`."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Agent:
         read: Callable[[Model], Dataset],
         budget: Budget | None = None,
         ledger: Path | None = None,
-        build: Callable[[Model, Collection[str], Collection[str], int, Path], MultimodalModel] = MultimodalModel,
+        build: Build = MultimodalModel,
         durable: bool = True,
     ) -> None:
         self.directory, self.name, self._release, self._read, self._build = directory, name, release, read, build
@@ -83,11 +86,11 @@ class Agent:
         self._participations: dict[str, Participation] = {}
 
     @classmethod
-    def open(cls, directory: Path, durable: bool = True) -> "Agent":
+    def open(cls, directory: Path, durable: bool = True, build: Build = MultimodalModel) -> "Agent":
         """The agent of a site's directory."""
         site = load_site(directory / "site.yaml")
         read = partial(load_dataset, site, artifacts=directory / "artifacts")
-        return cls(directory, site.name, site.release, read, site.budget, site.ledger, durable=durable)
+        return cls(directory, site.name, site.release, read, site.budget, site.ledger, build, durable)
 
     def answer(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:
         """Answer, or refuse with a reason; never raise. The egress log has the answer before it is returned."""
@@ -138,19 +141,22 @@ class Agent:
             here = dataset.everything
             artifacts = self.directory / "artifacts"
             model = self._build(federation.model, here.inputs, here.targets, federation.seed, artifacts)
-            initial = arrays(model)
-            fates = fates_of(federation, initial)
+            fates = fates_of(federation, initial(model))
             self._participations[document] = Participation(
                 federation,
                 rounds_of(federation),
                 with_features(dataset, model, federation.model, held(fates, "frozen"), self.directory / "cache"),
                 model,
-                initial,
+                initial(model),
                 fates,
                 LocalState(self.directory / "state" / document[:16], self._durable),
                 self._private(federation, document),
             )
         return self._participations[document]
+
+    def forget(self) -> None:
+        """Give back the memory of data and models; the next question loads them anew."""
+        self._participations.clear()
 
     def _private(self, federation: Federation, document: str) -> PrivateRounds | None:
         if not federation.privacy:

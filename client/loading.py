@@ -8,11 +8,19 @@ from mmfm_core.models.model import MultimodalModel
 from mmfm_core.storage import Tensors
 
 _states: WeakKeyDictionary[MultimodalModel, Tensors] = WeakKeyDictionary()
+_built: WeakKeyDictionary[MultimodalModel, Tensors] = WeakKeyDictionary()
 
 
 def arrays(model: MultimodalModel) -> Tensors:
     """A copy of the model's state dict as arrays."""
     return {name: own.copy() for name, own in _state(model).items()}
+
+
+def initial(model: MultimodalModel) -> Tensors:
+    """The state that a model was built with, whatever became of it since this was first asked; not to be written to."""
+    if model not in _built:
+        _built[model] = arrays(model)
+    return _built[model]
 
 
 def load(model: MultimodalModel, state: Tensors) -> None:

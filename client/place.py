@@ -1,12 +1,16 @@
 """Where a site's files are: the agent's directory, and the folder of what its relay needs to reach the coordinator."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmfm_core import enrolment
-from mmfm_core.config import Site, load_site
-from mmfm_core.enrolment import Enrolment
 from mmfm_core.errors import MmfmError
+
+if TYPE_CHECKING:  # the commands name places, and must not wait for the schema of documents
+    from mmfm_core.config import Site
+    from mmfm_core.enrolment import Enrolment
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Place:
     socket: Path
 
     @classmethod
-    def of(cls, directory: Path, relay: Path | None = None, socket: Path | None = None) -> "Place":
+    def of(cls, directory: Path, relay: Path | None = None, socket: Path | None = None) -> Place:
         """The places of a site, where they are not named: in its directory, as a trial with one user has them."""
         directory = directory.absolute()
         # A socket's path has a limit on its length: a short one from here may be the only one that fits.
@@ -51,6 +55,8 @@ class Place:
         Raises:
             MmfmError: there is none, or it breaks a rule.
         """
+        from mmfm_core.config import load_site
+
         path = self.directory / "site.yaml"
         if not path.is_file():
             raise MmfmError(
@@ -64,9 +70,11 @@ class Place:
         Raises:
             MmfmError: the site did not join, or a file of the relay is gone.
         """
+        from mmfm_core import enrolment
+
         for path in (self.enrolment, self.authority, self.key):
             if not path.is_file():
                 raise MmfmError(
                     "is not there; send the request of `mmfm site init`, then `mmfm site join` the answer", str(path)
                 )
-        return enrolment.read(self.enrolment, Enrolment)
+        return enrolment.read(self.enrolment, enrolment.Enrolment)

@@ -38,6 +38,9 @@ def simulate(
             "superlink: Flower's own server and one node per site, on loopback."
         ),
     ] = Engine.IN_PROCESS,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that sites train in side by side (in-process); results are the same.")
+    ] = 1,
     seed: Annotated[int | None, typer.Option(help="Replace the document's seed.")] = None,
     baselines: Annotated[
         bool, typer.Option(help="Also train each site alone and on pooled data, to compare with.")
@@ -51,7 +54,9 @@ def simulate(
     from server.simulation import simulate as run_simulation
 
     run_simulation(
-        Request(federation, _sites_file(federation, sites), run, engine.value, seed, baselines, resume, replace),
+        Request(
+            federation, _sites_file(federation, sites), run, engine.value, workers, seed, baselines, resume, replace
+        ),
         Console(),
     )
 

@@ -36,6 +36,7 @@ class Request:
     sites: Path
     run: Path | None
     engine: str
+    workers: int
     seed: int | None
     baselines: bool
     resume: bool
@@ -50,6 +51,8 @@ def simulate(request: Request, console: Console) -> None:
     """
     if request.resume and request.replace:
         raise MmfmError("--resume goes on with a run and --replace deletes it; give one of them")
+    if request.workers > 1 and request.engine != "in-process":
+        raise MmfmError(f"--workers: the engine '{request.engine}' starts processes of its own; leave --workers out")
     federation, sites = load_documents(request.federation, request.sites)
     if request.seed is not None:
         federation = federation.model_copy(update={"seed": request.seed})
@@ -188,5 +191,6 @@ def _chains(directory: Path, federation: Federation, sites: Mapping[str, Site], 
                 collect(document.model, request.federation.parent, job.directory / "artifacts")
             elif Run(job.directory).facts["status"] != "completed":
                 Run(job.directory).update(status="prepared", cause=None)
+        Run(chain[0][0].directory).update(workers=request.workers if chain is chains[0] else 1)
         left.append([job for job, _, _ in chain if Run(job.directory).facts["status"] != "completed"])
     return [chain for chain in left if chain]

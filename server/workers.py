@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -52,8 +51,8 @@ def work(chains: list[list[Job]], console: Console) -> None:
     ]
     processes: list[BaseProcess] = []
     try:
+        processes.extend(start(chain) for chain in chains)  # before the display, which has a thread
         with Display(shown, console) as display:
-            processes.extend(start(chain) for chain in chains)
             while any(process.is_alive() for process in processes) and not any(p.exitcode for p in processes):
                 display.refresh()
                 time.sleep(REFRESH_SECONDS)
@@ -82,11 +81,15 @@ def _mark_interrupted(runs: Iterable[Run], cause: str) -> None:
 
 
 def start(jobs: Sequence[Job]) -> BaseProcess:
-    """Start a new process that does the jobs one after the other; how each ends is written into its `run.json`."""
+    """Start a new process that does the jobs one after the other; how each ends is written into its `run.json`.
+
+    It is forked: a command that only reads documents has imported what a worker needs, and computed nothing.
+    """
+    for job in jobs:
+        pkgutil.resolve_name(job.work)  # imported here once, for all that are started
     # A daemon, so that whatever ends the command early ends its workers too. Ctrl-C reaches a whole terminal, and only
     # the command is to answer it: a worker inherits that it does not listen, from its first moment.
-    process = multiprocessing.get_context("spawn").Process(target=_main, args=(jobs,), daemon=True)
-    resource_tracker.ensure_running()  # which the first start would do, and unblock the signal thereby
+    process = multiprocessing.get_context("fork").Process(target=_main, args=(jobs,), daemon=True)
     listening = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process.start()
     signal.pthread_sigmask(signal.SIG_SETMASK, listening)

@@ -75,6 +75,14 @@ def test_nothing_runs_what_it_reads(path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_command_itself_waits_for_no_library_but_its_own() -> None:
+    heavy = {"torch", "numpy", "pydantic", "pandas", "flwr", "cryptography", "grpc"}
+    code = f"import sys, mmfm_core.command as c; c.build(); print({heavy} & set(sys.modules) or 'none')"
+    ran = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert (ran.stdout.strip(), ran.returncode) == ("none", 0), ran.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("module", LIGHT)
 def test_a_light_module_draws_in_no_heavy_library(module: str) -> None:
     heavy = {"torch", "timm", "transformers", "torchmetrics", "matplotlib", "ray"}

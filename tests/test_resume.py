@@ -1,5 +1,6 @@
 """What no kill, interruption or full disk can take from a run: `--resume` gives the same bits."""
 
+import os
 import re
 import resource
 import signal
@@ -114,6 +115,26 @@ def test_workers_of_a_killed_command_end_by_themselves(documents: Documents, ref
         assert running.wait() == -signal.SIGKILL
         assert nobody_left(running)
     resumed = mmfm(tmp_path, *words, "--no-baselines", "--resume")
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert_same_outcome(tmp_path / "run", reference)
+
+
+@pytest.mark.slow
+def test_workers_side_by_side_change_no_bit_and_one_that_is_killed_ends_the_run_cleanly(
+    documents: Documents, reference: Path, tmp_path: Path
+) -> None:
+    long = documents.amend(tmp_path, longer)
+    words = ["simulate", long.federation, "--sites", documents.sites, "--no-baselines", "--run", "run"]
+    with started(tmp_path, *words, "--workers", "2") as running:
+        until(lambda: round_began(tmp_path / "run", 2), running)
+        *others, last_born = sorted(running.members())
+        assert len(others) >= 3  # the command, the process of the run, and the other worker
+        os.kill(last_born, signal.SIGKILL)
+        assert running.wait() == 1
+        assert nobody_left(running)
+    assert re.fullmatch(r"error: a process that worked for this run ended early: .*\n", running.err.read_text())
+    assert Run.open(tmp_path / "run").facts["status"] == "failed"
+    resumed = mmfm(tmp_path, *words, "--workers", "2", "--resume")
     assert (resumed.returncode, resumed.stderr) == (0, "")
     assert_same_outcome(tmp_path / "run", reference)
 

@@ -15,6 +15,7 @@ from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer
 
 from mmfm_core.errors import MmfmError
 from mmfm_core.text.tokenizer import SPECIAL, byte_tokenizer, wordpiece_tokenizer
@@ -231,3 +232,11 @@ def test_a_trained_vocabulary_keeps_its_size():
 def test_a_vocabulary_that_cannot_be_trained_names_the_remedy(size, count, message):
     with pytest.raises(MmfmError, match=message):
         train_vocabulary(REPORTS, size, count)
+
+
+def test_byte_ids_are_numbered_as_byt5_numbers_them():
+    library = ByT5Tokenizer(extra_ids=0)
+    assert (BYTES.size, BYTES.mask_id) == (len(library) + 1, len(library))
+    assert (BYTES.pad_id, BYTES.end_id, BYTES.start_id) == (0, library.eos_token_id, library.unk_token_id)
+    assert BYTES.pad_id == library.pad_token_id
+    assert BYTES.special == {*library.all_special_ids, BYTES.mask_id}

@@ -1,11 +1,11 @@
 """x"""
 
 import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 import sys
+import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 from rounds import overhead
 
 size, sites, per, rounds = sys.argv[1], *map(int, sys.argv[2:5])

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mmfm_core.config.model import Adapter
@@ -31,6 +29,11 @@ def add_adapters(
     `blocks` are encoders and fusion by their prefix in the state dict; `seeded` starts the random generator from the
     names of an adapter and a block, so that an adapter starts the same wherever the block is built.
     """
+    if not adapters:
+        return
+    from peft import LoraConfig, inject_adapter_in_model  # and with it transformers: seconds
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     flags = {parameter: parameter.requires_grad for block in blocks.values() for parameter in block.parameters()}
     named = {prefix: _layers(block) for prefix, block in blocks.items()}
     for name, adapter in adapters.items():

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -13,7 +14,6 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
-from transformers import ByT5Tokenizer
 
 from mmfm_core.errors import MmfmError
 
@@ -71,20 +71,26 @@ def byte_tokenizer() -> Tokenizer:
     the unknown token instead, which no text holds since every byte has its id. The mask is the first id beyond the
     bytes, the place of ByT5's own first sentinel.
     """
-    library = ByT5Tokenizer(extra_ids=0)
-    mask = len(library)
+    pad, end, unknown, mask = 0, 1, 2, 3 + 256
     return Tokenizer(
         size=mask + 1,
-        pad_id=library.pad_token_id,
-        start_id=library.unk_token_id,
-        end_id=library.eos_token_id,
+        pad_id=pad,
+        start_id=unknown,
+        end_id=end,
         mask_id=mask,
-        special=frozenset({*library.all_special_ids, mask}),
+        special=frozenset({pad, end, unknown, mask}),
         prefix=(),
         # Split: a note may spell '<pad>' or '</s>' without meaning it.
-        encode=partial(library.encode, split_special_tokens=True, add_special_tokens=False),
-        decode=library.decode,
+        encode=lambda text: _byt5().encode(text, split_special_tokens=True, add_special_tokens=False),
+        decode=lambda ids: _byt5().decode(ids),
     )
+
+
+@cache
+def _byt5() -> Any:
+    from transformers import ByT5Tokenizer  # seconds, which a federation without texts need not wait
+
+    return ByT5Tokenizer(extra_ids=0)
 
 
 def _is_json(content: str) -> bool:

@@ -1,8 +1,9 @@
-"""The default engine: both apps in one process, no network, no other processes."""
+"""The default engine: both apps in one process, or with workers beside it; no network, and one thread in each."""
 
 import itertools
 import secrets
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -12,16 +13,21 @@ from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.agent import Agent
-from client.relay import Ask, relay
+from client.relay import relay
 from client.simulated import site_directories
 from server.app import serve
+from server.engines.crew import Crew, crew
+from server.engines.hospitals import Hospitals, shared_models
 from server.record import Run
 
 CLIENT_APP_RAISED_EXCEPTION = 2  # the code that Flower's own client process answers with
 
 
 class InProcessGrid(Grid):
-    """A Flower grid whose nodes are calls of a ClientApp in this process, each made when its reply is asked for."""
+    """A Flower grid whose nodes are calls of a ClientApp in this process, each made when its reply is asked for.
+
+    With a `crew` they are made by its workers, and replies are handed over in the same order: the result is the same.
+    """
 
     def __init__(self, client_app: ClientApp, nodes: int) -> None:
         self._client_app = client_app
@@ -40,6 +46,7 @@ class InProcessGrid(Grid):
         }
         self._numbers = itertools.count(1)
         self._waiting: dict[str, Message] = {}
+        self.crew: Crew[Message, Message] | None = None
 
     def set_run(self, run: FlowerRun) -> None:
         """Flower's contract."""
@@ -67,6 +74,8 @@ class InProcessGrid(Grid):
             identifier = f"message-{next(self._numbers)}"
             message.metadata.__dict__["_message_id"] = identifier
             self._waiting[identifier] = message
+            if self.crew:
+                self.crew.ask(identifier, message)
             identifiers.append(identifier)
         return identifiers
 
@@ -75,7 +84,7 @@ class InProcessGrid(Grid):
         for identifier in message_ids:
             message = self._waiting.pop(identifier, None)
             if message is not None:
-                yield self._reply(message)
+                yield self.crew.take(identifier) if self.crew else self.reply(message)
                 return
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -83,7 +92,8 @@ class InProcessGrid(Grid):
         identifiers = list(self.push_messages(messages))
         return [reply for identifier in identifiers for reply in self.pull_messages([identifier])]
 
-    def _reply(self, message: Message) -> Message:
+    def reply(self, message: Message) -> Message:
+        """What the ClientApp answers."""
         try:
             return self._client_app(message, self._contexts[message.metadata.dst_node_id])
         except Exception as error:  # the contract of Flower's own client process
@@ -91,10 +101,10 @@ class InProcessGrid(Grid):
 
 
 def simulate(run_directory: Path) -> None:
-    """Run the federation of a run directory over the sites in it."""
-    simulate_with(
-        run_directory, [Agent.open(folder, durable=False) for folder in site_directories(run_directory / "sites")]
-    )
+    """Run the federation of a run directory over the sites in it, with as many workers as its facts say."""
+    build = shared_models()
+    folders = site_directories(run_directory / "sites")
+    simulate_with(run_directory, [Agent.open(folder, durable=False, build=build) for folder in folders])
 
 
 def simulate_with(run_directory: Path, agents: list[Agent]) -> None:
@@ -103,10 +113,11 @@ def simulate_with(run_directory: Path, agents: list[Agent]) -> None:
     Raises:
         MmfmError: a site's data cannot be used; nothing was trained. Or the run failed.
     """
-    run = Run.open(run_directory)
-    for agent in agents:
-        agent.participate(run.facts["federation"])
-    asks: list[Ask] = [agent.answer for agent in agents]
+    run, hospitals = Run.open(run_directory), Hospitals(agents)
+    hospitals.participate(run.facts["federation"])
+    asks = [hospitals.ask(index) for index in range(len(hospitals))]
     grid = InProcessGrid(relay(lambda context, _: asks[int(context.node_config["partition-id"])]), len(agents))
     context = Context(run_id=grid.run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config={})
-    serve(run_directory)(grid, context)
+    workers = min(run.facts.get("workers", 1), len(agents))
+    with crew(grid.reply, workers) if workers > 1 else nullcontext() as grid.crew:
+        serve(run_directory)(grid, context)
