@@ -131,7 +131,8 @@ def site_disk_full(world: World) -> None:
         absent = [number for number, names in took.items() if victim.name not in names]
         print(f"  {victim.name} was absent in rounds {absent}; told: {' | '.join(text[:110] for text in told)}")
         assert absent and victim.name in took[6]
-        assert any("full" in text or "make room" in text for text in told), told
+        assert any("cannot write down what leaves" in text for text in told), told
+        assert "disk is full); make room" in victim.log()
         assert all(set(SITES) - {victim.name} <= names for names in took.values())
         charged_once(victim, federation, took)
         egress_is_whole(victim)
