@@ -137,7 +137,7 @@ class Held(Array):
         """The array of a tensor."""
         array, kept = cls.__new__(cls), tensor.view()
         kept.flags.writeable = False
-        array.__dict__ |= {"dtype": kind_of(tensor.dtype), "shape": tensor.shape, "stype": SType.NUMPY, "_held": kept}
+        array.__dict__.update(dtype=kind_of(tensor.dtype), shape=tensor.shape, stype=SType.NUMPY, _held=kept)
         return array
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -151,7 +151,8 @@ class Held(Array):
 
     def numpy(self) -> np.ndarray:
         """The tensor."""
-        return self.__dict__["_held"] if "_held" in self.__dict__ else super().numpy()
+        tensor: np.ndarray = self.__dict__["_held"] if "_held" in self.__dict__ else super().numpy()
+        return tensor
 
 
 def _held(tensor: np.ndarray) -> Held:
