@@ -24,8 +24,8 @@ lint: $(VENV)/.dev                   ## format, rules, types
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev                  ## methods compared on real data: minutes
-	$(BIN)/mmfm compare deploy/federations/heart.yaml
+bench: $(VENV)/.dev                  ## how fast it is, against a bare loop; fails where that got worse: minutes
+	$(BIN)/python benchmarks/speed
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

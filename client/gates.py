@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,9 @@ from mmfm_core.protocol import Metric, SiteDescription
 from mmfm_core.storage import Tensors, finite, write_text
 
 LONGEST_REASON = 2000
+
+_known: dict[tuple[bytes, str], Federation] = {}
+"""What is in a file that was found to be the document of this hash: read for every message, and validated once."""
 
 
 def approve(folder: Path, federation: Federation) -> str:
@@ -36,14 +38,15 @@ def approved(folder: Path, document: str) -> Federation:
     if not re.fullmatch("[0-9a-f]{64}", document) or not path.is_file():
         raise MmfmError("this federation's document is not approved at this site")
     try:
-        return _checked(path, path.read_bytes(), document)
+        text = path.read_bytes()
+        if (text, document) not in _known:
+            _known[text, document] = _validated(path, document)
+        return _known[text, document]
     except (MmfmError, OSError) as error:
         raise MmfmError("this site's approved copy of the document was changed; approve it again") from error
 
 
-@lru_cache(maxsize=64)
-def _checked(path: Path, _text: bytes, document: str) -> Federation:
-    # By its text: the file is read for every message, and validated again when anything in it is another.
+def _validated(path: Path, document: str) -> Federation:
     federation = load_federation(path)
     if sha256(federation) != document:
         raise MmfmError("is another document", str(path))

@@ -130,13 +130,13 @@ Expected = TypeVar("Expected", bound=Message)
 
 
 @cache
-def _adapter(kind: type[Message]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _adapter(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(MESSAGES[name])
 
 
 def text_of(message: Message) -> str:
     """All of a message but its tensors, as JSON."""
-    return _adapter(type(message)).dump_json(message, exclude={"tensors"}).decode()
+    return _adapter(type(message).__name__).dump_json(message, exclude={"tensors"}).decode()
 
 
 def to_records(message: Message) -> RecordDict:
@@ -172,7 +172,7 @@ def parsed(name: str, text: str, tensors: Tensors, *expected: type[Expected]) ->
     if kind not in expected:
         raise MmfmError(f"expected {' or '.join(k.__name__ for k in expected)}, and another kind of message came")
     try:
-        message: Expected = _adapter(kind).validate_json(text)
+        message: Expected = _adapter(name).validate_json(text)
         return replace(message, tensors=tensors) if isinstance(message, RoundRequest | RoundReply) else message
     except ValidationError as error:
         first = error.errors()[0]

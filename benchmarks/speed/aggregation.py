@@ -3,8 +3,9 @@
     python benchmarks/speed/aggregation.py [--replies 50] [--mb 100]
 
 Prints a JSON object. The bandwidth is that of numpy's own addition of two large float32 arrays into one of them (12
-bytes a value), measured between the replies; that of its copy (8 bytes a value) is told beside it. What must move for a reply is 20 bytes a value: 4 to read it, and 16 to
-read and write a float64 sum. Memory is what the aggregator takes beside the shared state and the reply.
+bytes a value), measured between the replies; that of its copy (8 bytes a value) is told beside it. What must move for a
+reply is 20 bytes a value: 4 to read it, and 16 to read and write a float64 sum. Memory is what the aggregator takes
+beside the shared state and the reply.
 """
 
 import argparse

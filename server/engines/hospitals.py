@@ -6,6 +6,7 @@ from pathlib import Path
 
 from client.agent import Agent, Build
 from client.relay import Answer, Ask, Question
+from mmfm_core.artifacts import artifacts_of
 from mmfm_core.config.model import Model
 from mmfm_core.models.model import MultimodalModel
 
@@ -52,12 +53,13 @@ class Hospitals:
 
 def shared_models() -> Build:
     """A builder that gives sites with the same parts the same model: every round sets the whole of its state."""
-    known: dict[tuple[str, frozenset[str], frozenset[str], int, Path], MultimodalModel] = {}
+    known: dict[tuple[str, frozenset[str], frozenset[str], int, Path | None], MultimodalModel] = {}
 
     def build(
         config: Model, modalities: Collection[str], targets: Collection[str], seed: int, artifacts: Path
     ) -> MultimodalModel:
-        alike = (config.model_dump_json(), frozenset(modalities), frozenset(targets), seed, artifacts.resolve())
+        files = artifacts.resolve() if artifacts_of(config) else None  # each site links to them from its own folder
+        alike = (config.model_dump_json(), frozenset(modalities), frozenset(targets), seed, files)
         if alike not in known:
             known[alike] = MultimodalModel(config, modalities, targets, seed, artifacts)
         return known[alike]

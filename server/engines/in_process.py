@@ -3,7 +3,7 @@
 import itertools
 import secrets
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -119,5 +119,7 @@ def simulate_with(run_directory: Path, agents: list[Agent]) -> None:
     grid = InProcessGrid(relay(lambda context, _: asks[int(context.node_config["partition-id"])]), len(agents))
     context = Context(run_id=grid.run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config={})
     workers = min(run.facts.get("workers", 1), len(agents))
-    with crew(grid.reply, workers) if workers > 1 else nullcontext() as grid.crew:
+    with ExitStack() as stack:
+        if workers > 1:
+            grid.crew = stack.enter_context(crew(grid.reply, workers))
         serve(run_directory)(grid, context)
