@@ -130,9 +130,9 @@ class Run:
         With it, what the strategy remembers beside it (`server.strategy`), if anything.
         """
         folder = self.directory / "checkpoints"
-        if self.metrics.is_file():
-            flush(self.metrics)
         with whole_folder(folder / f"round-{round_number:05d}") as checkpoint:
+            if self.metrics.is_file():
+                flush(self.metrics)
             write_tensors(checkpoint / "shared.safetensors", shared)
             if memory:
                 write_tensors(checkpoint / "memory.safetensors", memory)
