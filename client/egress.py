@@ -151,7 +151,7 @@ def entry_of(
             "dtype": kind_of(tensor.dtype),
             "shape": list(tensor.shape),
             "bytes": tensor.nbytes,
-            "sha256": hashlib.sha256(np.ascontiguousarray(tensor)).hexdigest(),
+            "sha256": hashlib.sha256(np.ascontiguousarray(tensor).data).hexdigest(),
         }
         for name, tensor in answer.tensors.items()
     ]

@@ -5,7 +5,6 @@ is validated on arrival; nothing here needs torch, so that a relay stays small.
 """
 
 from dataclasses import field, replace
-from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -122,6 +121,7 @@ class Refusal:
 
 
 MESSAGES = {kind.__name__: kind for kind in (Describe, SiteDescription, RoundRequest, RoundReply, Refusal)}
+ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in MESSAGES.items()}
 Message = Describe | SiteDescription | RoundRequest | RoundReply | Refusal
 Expected = TypeVar("Expected", bound=Message)
 
@@ -167,14 +167,9 @@ def to_arrays(tensors: Tensors) -> dict[str, Array]:
     return {name: Held.of(tensor) for name, tensor in tensors.items()}
 
 
-@cache
-def _adapter(kind: type[Message]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
 def text_of(message: Message) -> str:
     """All of a message but its tensors, as JSON."""
-    return _adapter(type(message)).dump_json(message, exclude={"tensors"}).decode()
+    return ADAPTERS[type(message).__name__].dump_json(message, exclude={"tensors"}).decode()
 
 
 def to_records(message: Message, arrays: dict[str, Array] | None = None) -> RecordDict:
@@ -211,7 +206,7 @@ def parsed(name: str, text: str, tensors: Tensors, *expected: type[Expected]) ->
     if kind not in expected:
         raise MmfmError(f"expected {' or '.join(k.__name__ for k in expected)}, and another kind of message came")
     try:
-        message: Expected = _adapter(kind).validate_json(text)
+        message: Expected = ADAPTERS[name].validate_json(text)
         return replace(message, tensors=tensors) if isinstance(message, RoundRequest | RoundReply) else message
     except ValidationError as error:
         first = error.errors()[0]

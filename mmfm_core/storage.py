@@ -70,7 +70,7 @@ def digest(tensors: Mapping[str, np.ndarray]) -> str:
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
         hashed.update(f"{name} {array.dtype} {array.shape} ".encode())
-        hashed.update(array)
+        hashed.update(array.data)
     return hashed.hexdigest()
 
 
