@@ -146,8 +146,9 @@ def _leaving(proposal: Proposal) -> str:
         for block, count in _by_block(most).items()
     ]
     loss = "" if federation.privacy and federation.privacy.withholds else ", and the mean training loss"
+    drawn = ", or fewer, as each draws some of the sites" if federation.aggregation.sites_per_round else ""
     return (
-        f"LEAVES, in each of {len(rounds)} rounds: the trained parameters of {', '.join(each)}; "
+        f"LEAVES, in each of {len(rounds)} rounds{drawn}: the trained parameters of {', '.join(each)}; "
         f"{_bytes(most) / MB:.3f} MB a round at most, {total / MB:.3f} MB in all, unless a round is repeated. With "
         "them, how many training studies stand behind each of these blocks, rounded up to multiples of "
         f"{proposal.site.release.min_count}{loss}."
