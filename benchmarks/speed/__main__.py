@@ -81,7 +81,7 @@ def table(found: Mapping[str, Figures]) -> str:
     """The figures as Markdown."""
     lines = [
         "# How fast a simulation is\n",
-        "`python benchmarks/speed --full --store`. Ratios of CPU seconds to those of a bare PyTorch loop with the",
+        "`python benchmarks/speed --store` (questions asked one by one with `--only`). Ratios of CPU seconds to those of a bare PyTorch loop with the",
         "same model, data, steps and optimiser in the same run, medians; of memory to memory; of aggregation to the",
         "bandwidth of numpy's own addition. `make bench` fails where one is worse than here by more than "
         f"{MARGIN:.0%}.\n",
