@@ -145,8 +145,9 @@ def _leaving(proposal: Proposal) -> str:
         for block, count in _by_block(most).items()
     ]
     loss = ", and the mean training loss" if not federation.privacy or federation.privacy.exact else ""
+    drawn = ", or fewer, as each draws some of the sites" if federation.aggregation.sites_per_round else ""
     return (
-        f"LEAVES, in each of {len(rounds)} rounds: the trained parameters of {', '.join(each)}; "
+        f"LEAVES, in each of {len(rounds)} rounds{drawn}: the trained parameters of {', '.join(each)}; "
         f"{size(most) / MB:.3f} MB a round at most, {total / MB:.3f} MB in all, unless a round is repeated. With "
         "them, how many training studies stand behind each of these blocks, rounded up to multiples of "
         f"{proposal.site.release.min_count}{loss}."

@@ -5,7 +5,6 @@ JSON text that is validated on arrival; nothing here needs torch, so that a rela
 """
 
 from dataclasses import field, replace
-from functools import cache
 from typing import Any, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -125,18 +124,14 @@ class Refusal:
 
 
 MESSAGES = {kind.__name__: kind for kind in (Describe, SiteDescription, RoundRequest, RoundReply, Refusal)}
+ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in MESSAGES.items()}
 Message = Describe | SiteDescription | RoundRequest | RoundReply | Refusal
 Expected = TypeVar("Expected", bound=Message)
 
 
-@cache
-def _adapter(name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(MESSAGES[name])
-
-
 def text_of(message: Message) -> str:
     """All of a message but its tensors, as JSON."""
-    return _adapter(type(message).__name__).dump_json(message, exclude={"tensors"}).decode()
+    return ADAPTERS[type(message).__name__].dump_json(message, exclude={"tensors"}).decode()
 
 
 def to_records(message: Message) -> RecordDict:
@@ -172,7 +167,7 @@ def parsed(name: str, text: str, tensors: Tensors, *expected: type[Expected]) ->
     if kind not in expected:
         raise MmfmError(f"expected {' or '.join(k.__name__ for k in expected)}, and another kind of message came")
     try:
-        message: Expected = _adapter(name).validate_json(text)
+        message: Expected = ADAPTERS[name].validate_json(text)
         return replace(message, tensors=tensors) if isinstance(message, RoundRequest | RoundReply) else message
     except ValidationError as error:
         first = error.errors()[0]

@@ -81,10 +81,10 @@ def table(found: Mapping[str, Figures]) -> str:
     """The figures as Markdown."""
     lines = [
         "# How fast a simulation is\n",
-        "`python benchmarks/speed --full --store`. Ratios of CPU seconds to those of a bare PyTorch loop with the",
-        "same model, data, steps and optimiser in the same run, medians; of memory to memory; of aggregation to the",
-        "bandwidth of numpy's own addition. `make bench` fails where one is worse than here by more than "
-        f"{MARGIN:.0%}.\n",
+        "`python benchmarks/speed --store`, or with `--only` one question at a time. Ratios of CPU seconds to those of",
+        "a bare PyTorch loop with the same model, data, steps and optimiser in the same run, medians; of memory to",
+        "memory; of aggregation to the bandwidth of numpy's own addition. `make bench` fails where one is worse than",
+        f"here by more than {MARGIN:.0%}.\n",
         "| question | ratio | target | figures |",
         "|---|---|---|---|",
     ]

@@ -23,11 +23,11 @@ MMFM = Path(sys.executable).with_name("mmfm")
 
 def first_round(data: Path, size: str, sites: int, per_round: int) -> dict[str, float]:
     """CPU and wall seconds to the end of the first round, ours and the loop's, and the peak of the loop's memory."""
+    federation, files = document(size, 2, None if per_round == sites else per_round), hospitals(data, sites)
     begun = time.time()
     loop = [sys.executable, HERE / "floor.py", data, size, str(sites), str(per_round), "1"]
     floor = json.loads(subprocess.run(loop, check=True, capture_output=True, text=True).stdout)
     found = {"floor_cpu": floor["first_cpu"], "floor_wall": floor["first_ended"] - begun, "floor_mb": floor["mb"]}
-    federation, files = document(size, 2, None if per_round == sites else per_round), hospitals(data, sites)
     with TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [MMFM, "simulate", documents(Path(folder), federation, files), "--no-baselines", "--run", run]
