@@ -26,7 +26,10 @@ Relay = Annotated[
     ),
 ]
 Socket = Annotated[
-    Path | None, typer.Option("--socket", help="Where agent and relay meet; by default 'agent.sock' in the directory.")
+    Path | None,
+    typer.Option(
+        "--socket", help="Where agent and relay meet; by default 'agent.sock' in the directory, or the units'."
+    ),
 ]
 HERE = Path()
 

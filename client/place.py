@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # the commands name places, and must not wait for the schema 
     from mmfm_core.config import Site
     from mmfm_core.enrolment import Enrolment
 
+INSTALLED, INSTALLED_SOCKET = Path("/var/lib/mmfm"), Path("/run/mmfm/agent.sock")
+"""Where the units of deploy/systemd have a site's directory and its socket."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -32,7 +35,8 @@ class Place:
         """The places of a site, where they are not named: in its directory, as a trial with one user has them."""
         directory = directory.absolute()
         # A socket's path has a limit on its length: a short one from here may be the only one that fits.
-        return cls(directory, (relay or directory / "relay").absolute(), socket or directory / "agent.sock")
+        usual = INSTALLED_SOCKET if directory == INSTALLED else directory / "agent.sock"
+        return cls(directory, (relay or directory / "relay").absolute(), socket or usual)
 
     @property
     def key(self) -> Path:

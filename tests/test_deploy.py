@@ -9,6 +9,7 @@ import pytest
 import typer.main
 import yaml
 
+from client.place import Place
 from mmfm_core import command
 from server.consortium import services
 from server.consortium.founding import found
@@ -48,6 +49,14 @@ def test_a_unit_starts_a_command_that_exists_and_survives_long_outages(path: Pat
     assert sections["Unit"]["StartLimitIntervalSec"] == ["0"]
     assert sections["Service"]["Restart"] == ["always"]
     assert sections["Service"]["NoNewPrivileges"] == ["yes"]
+
+
+@pytest.mark.parametrize("name", ["mmfm-agent", "mmfm-relay"])
+def test_commands_look_for_the_agent_where_the_units_have_it(name: str) -> None:
+    words = shlex.split(unit(DEPLOY / "systemd" / f"{name}.service")["Service"]["ExecStart"][0])
+    place = Place.of(Path("/var/lib/mmfm"))
+    assert words[words.index("--socket") + 1] == str(place.socket)
+    assert "--directory" not in words or words[words.index("--directory") + 1] == str(place.directory)
 
 
 def test_every_program_of_the_coordinator_has_a_unit_and_a_container(tmp_path: Path) -> None:
