@@ -118,9 +118,10 @@ def _write(path: Path, data: bytes, mode: int = 0o666, durable: bool = True) -> 
         if durable:
             flush(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise _cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()  # of what failed, or was asked to end in the middle of it
 
 
 def flush(path: Path) -> None:

@@ -164,3 +164,21 @@ def test_a_damaged_file_of_tensors_is_a_sentence(tmp_path: Path) -> None:
 def test_an_absent_file_of_tensors_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(MmfmError, match=r"none\.safetensors: cannot be read \(No such file or directory\)"):
         read_tensors(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_process_that_is_asked_to_end_while_it_writes_leaves_nothing_half(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker ends: by an exception, out of a signal's handler."""
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def asked_to_end(_: int) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr(os, "fsync", asked_to_end)
+    with pytest.raises(SystemExit):
+        write(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "before"
