@@ -2,8 +2,10 @@
 
 import time
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from mmfm_core.compression import narrowed
@@ -106,12 +108,17 @@ class Coordinator:
         state = strategy.state_for(this)
         if self.federation.aggregation.wire.state == "fp16":
             state = narrowed(state)
-        names = {node: strategy.tensors_for(site, this) for node, site in asked.items()}
+        names = {node: tuple(strategy.tensors_for(site, this)) for node, site in asked.items()}
+
+        @lru_cache(maxsize=1)  # sites that hold the same are sent the same; one question at a time is in memory
+        def question(names: tuple[str, ...]) -> RecordDict:
+            return to_records(RoundRequest(self.document, this.number, {name: state[name] for name in names}))
+
         usable = bytes_up = 0
         for answer in ask(
             self.grid,
             asked,
-            lambda node: to_records(RoundRequest(self.document, this.number, {n: state[n] for n in names[node]})),
+            lambda node: question(names[node]),
             "train",
             self.patience.seconds,
         ):
