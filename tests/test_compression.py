@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pydantic import ValidationError
@@ -34,6 +34,7 @@ def with_wire(federation: Federation, **wire: str) -> Federation:
     return Federation.model_validate(document)
 
 
+@settings(deadline=None)
 @given(UPDATES)
 def test_int8_is_within_half_a_step_of_each_block(update: np.ndarray) -> None:
     before = {"w": np.zeros_like(update)}
@@ -47,6 +48,7 @@ def test_int8_is_within_half_a_step_of_each_block(update: np.ndarray) -> None:
     np.testing.assert_allclose(read + lost[LOST + "w"], update, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(st.lists(arrays(np.float32, (5, 3), elements=st.floats(-1, 1, width=32)), min_size=1, max_size=12))
 @pytest.mark.parametrize("form", FORMS)
 def test_over_many_rounds_no_more_is_lost_than_in_one(form: UpdateFormat, updates: list[np.ndarray]) -> None:
