@@ -20,7 +20,6 @@ import numpy as np
 
 from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import Describe, Refusal, RoundReply, RoundRequest, SiteDescription, text_of
-from mmfm_core.storage import kind_of
 
 EGRESS = "egress.sqlite"
 """Its name in a site's directory."""
@@ -148,7 +147,7 @@ def entry_of(
     tensors = [
         {
             "name": name,
-            "dtype": kind_of(tensor.dtype),
+            "dtype": str(tensor.dtype),
             "shape": list(tensor.shape),
             "bytes": tensor.nbytes,
             "sha256": hashlib.sha256(np.ascontiguousarray(tensor).data).hexdigest(),

@@ -85,8 +85,8 @@ def opened(sent: Tensors, base: Mapping[str, np.ndarray], form: UpdateFormat) ->
 
 def bytes_of(tensors: Mapping[str, np.ndarray], form: UpdateFormat) -> int:
     """How many bytes an update of these tensors, or in half precision they themselves, travel in."""
-    forms = [form_ for name, tensor in tensors.items() for form_ in _form_of(name, tensor, form).values()]
-    return sum(int(np.prod(shape)) * kind.itemsize for shape, kind in forms)
+    parts = [part for name, tensor in tensors.items() for part in _form_of(name, tensor, form).values()]
+    return sum(int(np.prod(shape)) * kind.itemsize for shape, kind in parts)
 
 
 def _form_of(name: str, like: np.ndarray, form: UpdateFormat) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ from safetensors.numpy import load, save
 from mmfm_core.errors import MmfmError
 
 Tensors = dict[str, np.ndarray]
-
-kind_of = cache(str)
-"""The name of a dtype, which numpy puts together anew each time."""
 
 
 def write_text(path: Path, text: str) -> None:

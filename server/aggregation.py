@@ -24,7 +24,7 @@ class BlockwiseMean:
 
     A block (an encoder, the fusion, a head) is averaged over the sites that sent it, each by its studies that had the
     modality: sum_k n_k w_k / sum_k n_k. Memory is that of one model, whatever the number of sites. Sums are float64, so
-    that the order of arrival does not show: in float32 it changes half of all results (`benchmarks/speed`).
+    that the order of arrival does not show: in float32 it changes four results of five (`benchmarks/speed`).
     """
 
     def __init__(self) -> None:
