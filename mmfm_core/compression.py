@@ -103,7 +103,10 @@ def _rounded(name: str, update: np.ndarray, form: UpdateFormat) -> Tensors:
         most = np.finfo(np.float16).max
         return {name: update.clip(-most, most).astype(np.float16)}
     blocks = _blocks(update)
-    scales = (np.abs(blocks).max(1) / LEVELS).astype(np.float32)
+    largest = np.abs(blocks).max(1)
+    scales = (largest / LEVELS).astype(np.float32)
+    small = scales * LEVELS < largest  # rounded down, which among the smallest numbers is a whole step or more
+    scales[small] = np.nextafter(scales[small], np.float32(np.inf))
     steps = np.divide(blocks, scales[:, None], out=np.zeros_like(blocks), where=scales[:, None] > 0)
     levels = np.rint(steps).clip(-LEVELS, LEVELS).astype(np.int8)
     return {name: levels.ravel()[: update.size].reshape(update.shape), SCALE + name: scales}

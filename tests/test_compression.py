@@ -43,8 +43,12 @@ def test_int8_is_within_half_a_step_of_each_block(update: np.ndarray) -> None:
     flat, got = update.ravel(), read.ravel()
     for start in range(0, flat.size, BLOCK):
         block = slice(start, start + BLOCK)
-        step = np.abs(flat[block]).max() / 127
-        assert np.abs(got[block] - flat[block]).max() <= step * 0.5001
+        step = np.float64(sent[SCALE + "w"][start // BLOCK])
+        assert (
+            step
+            <= np.abs(flat[block]).max().astype(np.float64) / 127 * 1.0001 + np.finfo(np.float32).smallest_subnormal
+        )
+        assert np.abs(got[block].astype(np.float64) - flat[block]).max() <= step * 0.5001
     np.testing.assert_allclose(read + lost[LOST + "w"], update, atol=1e-5)
 
 
