@@ -40,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "artifacts").exists() or (arguments.out / "artifacts").symlink_to(FEDERATIONS / "artifacts")
-    parts = dict(earlier())
+    parts = dict(earlier(RESULTS))
     for name in arguments.only:
         parts[name] = "\n".join(table(name, measured(name, arguments.seeds, arguments.out), arguments.seeds)) + "\n"
         print(parts[name], flush=True)
@@ -51,9 +51,9 @@ def main() -> None:
         RESULTS.write_text("\n".join([heading, *(parts[name] for name in EXAMPLES if name in parts)]))
 
 
-def earlier() -> Iterator[tuple[str, str]]:
-    """The tables that stand in the file, which are kept where they are not measured anew."""
-    for part in RESULTS.read_text().split("\n## ")[1:] if RESULTS.is_file() else ():
+def earlier(results: Path) -> Iterator[tuple[str, str]]:
+    """The tables that stand in a file of results, which are kept where they are not measured anew."""
+    for part in results.read_text().split("\n## ")[1:] if results.is_file() else ():
         yield part.split(",")[0], f"## {part}"
 
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 from e2e.keeping import agent_killed, private_coordinator_killed, site_disk_full
+from e2e.large import large, resident
 from e2e.network import COORDINATOR, Network, obstacle
 from e2e.world import AGENT, DEADLINE, LONG, PACE, SITES, World, document, events, seconds_of_rounds, sites_of_round
 from hospital import BIN, Coordinator, Hospital, facts, wait
@@ -334,7 +335,7 @@ def endurance(world: World) -> None:
         if facts(run).get("round", 0) > done:
             done = facts(run)["round"]
             for pid in (*world.coordinator.processes(), *(pid for each in world.hospitals for pid in each.processes())):
-                memory.setdefault(pid, []).append(_resident(pid))
+                memory.setdefault(pid, []).append(resident(pid))
             hospital, fault = chance.choice(world.hospitals), chance.choice(sorted(FAULTS))
             print(f"  round {done}: {fault} at {hospital.name}; all processes {_sum(memory)} MB", flush=True)
             FAULTS[fault](world, hospital)
@@ -394,6 +395,7 @@ SCENARIOS: list[Callable[[World], None]] = [
     site_disk_full,
     endurance,
 ]
+BY_NAME = [large]  # what takes more time and memory than a fault is worth
 
 
 def main(names: list[str]) -> int:
@@ -403,10 +405,10 @@ def main(names: list[str]) -> int:
     if reason := obstacle():
         print(f"e2e {'skipped' if or_skip else 'cannot run'}: {reason}")
         return 0 if or_skip else 1
-    known = {each.__name__: each for each in SCENARIOS}
+    known = {each.__name__: each for each in (*SCENARIOS, *BY_NAME)}
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"no scenario is called '{unknown[0]}'; known: {', '.join(known)}")
-    chosen = [known[name] for name in names or known]
+    chosen = [known[name] for name in names] or SCENARIOS
     folder = Path(tempfile.mkdtemp(prefix="e2e-"))
     network = Network(len(SITES))
     print(f"Everything is in {folder}", flush=True)
@@ -443,15 +445,6 @@ def main(names: list[str]) -> int:
         network.remove()
     print(f"{len(chosen) - failed} of {len(chosen)} scenarios hold")
     return failed
-
-
-def _resident(pid: int) -> int:
-    """Memory of a process in MB, where it shares pages its part of them; 0 where it is gone."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) // 1024
-    return 0
 
 
 def _sum(memory: dict[int, list[int]]) -> int:
