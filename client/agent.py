@@ -23,13 +23,14 @@ from mmfm_core.config import Federation, load_site
 from mmfm_core.config.federation import Fate, Stage
 from mmfm_core.config.model import Model
 from mmfm_core.config.rounds import Round, rounds_of
-from mmfm_core.config.site import Budget, Release, Split
+from mmfm_core.config.site import Budget, Device, Release, Split
 from mmfm_core.data.dataset import Dataset, load_dataset
 from mmfm_core.data.description import describe
 from mmfm_core.data.features import with_features
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel, seeded
 from mmfm_core.models.parameters import CONTROL, block_of, fates_of, held, matches
+from mmfm_core.models.placement import placed
 from mmfm_core.privacy.figures import noised_metrics
 from mmfm_core.privacy.ledger import Ledger
 from mmfm_core.privacy.step import patients_of, unpredictable
@@ -79,10 +80,11 @@ class Agent:
         ledger: Path | None = None,
         build: Build = MultimodalModel,
         durable: bool = True,
+        device: Device = "cpu",
     ) -> None:
         self.directory, self.name, self._release, self._read, self._build = directory, name, release, read, build
         self._budget, self._ledger = budget or Budget(), Ledger(ledger or directory / LEDGER)
-        self.egress, self._durable = EgressLog(directory / EGRESS, durable), durable
+        self.egress, self._durable, self._device = EgressLog(directory / EGRESS, durable), durable, device
         self._participations: dict[str, Participation] = {}
 
     @classmethod
@@ -90,7 +92,7 @@ class Agent:
         """The agent of a site's directory."""
         site = load_site(directory / "site.yaml")
         read = partial(load_dataset, site, artifacts=directory / "artifacts")
-        return cls(directory, site.name, site.release, read, site.budget, site.ledger, build, durable)
+        return cls(directory, site.name, site.release, read, site.budget, site.ledger, build, durable, site.device)
 
     def answer(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:
         """Answer, or refuse with a reason; never raise. The egress log has the answer before it is returned."""
@@ -140,7 +142,8 @@ class Agent:
             dataset = self._read(federation.model)
             here = dataset.everything
             artifacts = self.directory / "artifacts"
-            model = self._build(federation.model, here.inputs, here.targets, federation.seed, artifacts)
+            built = self._build(federation.model, here.inputs, here.targets, federation.seed, artifacts)
+            model = placed(built, self._device)
             fates = fates_of(federation, initial(model))
             self._participations[document] = Participation(
                 federation,

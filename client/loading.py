@@ -3,6 +3,7 @@
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 
 from mmfm_core.models.model import MultimodalModel
 from mmfm_core.storage import Tensors
@@ -13,6 +14,8 @@ _built: WeakKeyDictionary[MultimodalModel, Tensors] = WeakKeyDictionary()
 
 def arrays(model: MultimodalModel) -> Tensors:
     """A copy of the model's state dict as arrays."""
+    if model.device.type != "cpu":
+        return {name: tensor.numpy(force=True) for name, tensor in model.state_dict().items()}
     return {name: own.copy() for name, own in _state(model).items()}
 
 
@@ -25,6 +28,11 @@ def initial(model: MultimodalModel) -> Tensors:
 
 def load(model: MultimodalModel, state: Tensors) -> None:
     """Set the model's whole state."""
+    if model.device.type != "cpu":
+        model.load_state_dict(
+            {name: torch.from_numpy(np.require(array, requirements="W")) for name, array in state.items()}
+        )
+        return
     own = _state(model)
     assert own.keys() == state.keys()
     for name, array in state.items():

@@ -19,6 +19,7 @@ from mmfm_core.config.strict import Cell, Name, Strict
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+Device = Literal["cpu", "cuda"]
 
 
 class Column(Strict):
@@ -156,6 +157,7 @@ class Site(Strict):
         ledger: where that is written down; by default in the site's directory. Several sites of one hospital that hold
             the same patients name one ledger.
         limits: what a request may take of the machine; nothing is limited by default.
+        device: where models compute: the processor, or the first CUDA device that the agent sees.
         missing: cells that mean 'missing', in addition to `mmfm_core.config.strict.MISSING_CELLS`.
     """
 
@@ -174,6 +176,7 @@ class Site(Strict):
     budget: Budget = Budget()
     ledger: Path | None = None
     limits: Limits = Limits()
+    device: Device = "cpu"
     missing: tuple[Cell, ...] = ()
     missing_files: Literal["error", "absent"] = "error"
 

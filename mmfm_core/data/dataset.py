@@ -64,6 +64,13 @@ class Batch:
         parts = (getattr(self, part.name) for part in fields(self))
         return Batch(*({name: tensor[index] for name, tensor in part.items()} for part in parts))
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same studies on a device."""
+        if next(iter(self.inputs.values())).device == device:
+            return self
+        parts = (getattr(self, part.name) for part in fields(self))
+        return Batch(*({name: tensor.to(device) for name, tensor in part.items()} for part in parts))
+
     def only(self, modalities: Collection[str]) -> "Batch":
         """The same studies with no other modality than these."""
         present = {name: here & (name in modalities) for name, here in self.present.items()}

@@ -71,13 +71,14 @@ def _kept(encoder: Encoder, name: str, inputs: Tensor, rows: list[int], folder: 
     known = _read(folder, set(keys.values()))
     new = [row for row, key in keys.items() if key not in known]
     encoder.eval()
+    device = next(encoder.parameters()).device
     said = time.monotonic()
     for start in range(0, len(new), BATCH):
         some = new[start : start + BATCH]
         with torch.inference_mode():
-            computed = encoder.features(inputs[some])
+            computed = encoder.features(inputs[some].to(device))
         most = torch.finfo(torch.float16).max
-        shard = {keys[row]: f.clamp(-most, most).half().numpy() for row, f in zip(some, computed, strict=True)}
+        shard = {keys[row]: f.clamp(-most, most).half().cpu().numpy() for row, f in zip(some, computed, strict=True)}
         write_tensors(folder / f"{_hash(key.encode() for key in shard)}.safetensors", shard)
         known |= shard
         if time.monotonic() - said > PATIENCE:

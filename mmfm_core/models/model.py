@@ -15,6 +15,7 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.models.adapters import add_adapters, check_targets
 from mmfm_core.models.encoders.shared import SharedEncoder
 from mmfm_core.models.fusion.base import Fusion
+from mmfm_core.models.placement import generators
 from mmfm_core.models.tasks import Encoding, Head, Objective
 
 
@@ -66,9 +67,15 @@ class MultimodalModel(nn.Module):
         encoding = Encoding(self, batch)
         return {name: self.heads[name](encoding) for name in heads}
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.parameters()).device
+
     def losses(self, batch: Batch, tasks: Collection[str]) -> dict[str, Tensor]:
         """The loss of each study for each head or objective, [B]; zero where it cannot serve it."""
         encoding = Encoding(self, batch)
+        batch = encoding.batch
         losses = {}
         for name in tasks:
             if name in self.heads:
@@ -98,10 +105,9 @@ def built(kind: str, seed: int, parts: Mapping[str, Callable[[], nn.Module]]) ->
 
 @contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """Torch's CPU generator seeded from `parts` inside the block, and as it was after it."""
+    """Torch's generators seeded from `parts` inside the block, and as they were after it."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int.from_bytes(digest[:8]) % 2**63)
+    with generators(int.from_bytes(digest[:8]) % 2**63):
         yield
 
 

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 
 class Encoding:
-    """A batch as a model sees it. Nothing is computed before a head or an objective asks for it, and nothing twice."""
+    """A batch as a model sees it, where the model is.
+
+    Nothing is computed before a head or an objective asks for it, and nothing twice.
+    """
 
     def __init__(self, model: MultimodalModel, batch: Batch) -> None:
-        self.model, self.batch = model, batch
+        self.model, self.batch = model, batch.to(model.device)
         self._inputs: dict[str, Tensor] = {}
         self._fused: dict[tuple[str, ...], Fused] = {}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmfm_core.data.dataset import Batch, Dataset
 from mmfm_core.errors import MmfmError
+from mmfm_core.models.placement import generators
 from mmfm_core.privacy.engines import ENGINES, choose
 from mmfm_core.privacy.randomness import chosen, gaussian
 
@@ -63,11 +64,12 @@ def noisy_gradients(
     here = chosen(len(patients), mechanism.rate)
     sampled = [rows for rows, taken in zip(patients, here, strict=True) if taken]
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    device = next(iter(parameters.values())).device
     loss, dropped = 0.0, 0
     for group in groups(sampled, max(at_once // mechanism.views, 1)):
         rows = [row for rows in group for row in rows for _ in range(mechanism.views)]
         owner = [index for index, rows in enumerate(group) for _ in range(len(rows) * mechanism.views)]
-        asked = (model, losses, dataset.batch(rows), torch.tensor(owner), parameters, mechanism.max_norm)
+        asked = (model, losses, dataset.batch(rows), torch.tensor(owner, device=device), parameters, mechanism.max_norm)
         try:
             clipped = ENGINES[engine](*asked)
         except MmfmError:
@@ -104,11 +106,10 @@ def groups(patients: Sequence[Sequence[int]], rows: int) -> Iterator[list[Sequen
 
 @contextmanager
 def unpredictable() -> Iterator[None]:
-    """Torch's generator from a secret seed inside the block.
+    """Torch's generators from a secret seed inside the block.
 
     Were masks and dropout drawn from a seed that others know, the draws of all patients after one would tell whether
     that one was there.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(secrets.randbits(63))
+    with generators(secrets.randbits(63)):
         yield

@@ -81,7 +81,7 @@ def train(
     else:
         batches = shuffled_batches(rows, stage.batch_size, stage.local_steps)
         gradients = partial(_plain_gradients, losses, dataset, batches)
-    total = torch.zeros(())
+    total = torch.zeros((), device=model.device)
     for names, steps in phases:
         trained = {name: parameter for name, parameter in parameters.items() if name in names}
         for name, parameter in parameters.items():

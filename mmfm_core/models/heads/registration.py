@@ -220,12 +220,14 @@ class RegistrationHead(Head):
         if self.config.refine:
             motion = refined(motion, self.cost, (moving, fixed), self.config.refine)
         field = self.displacement(motion, self.size)
+        similarity = -self.unlike(self.warp(moving, field), fixed)
+        field = field.cpu()
         columns = {
             "similarity_before": (-self.unlike(moving, fixed)).tolist(),
-            "similarity": (-self.unlike(self.warp(moving, field), fixed)).tolist(),
+            "similarity": similarity.tolist(),
             "folding": [folding(jacobian_determinant(one)) for one in field],
         }
-        maps = batch.targets.get(self.name, torch.full((len(field), 2, 1), UNLABELLED)).long()
+        maps = batch.targets.get(self.name, torch.full((len(field), 2, 1), UNLABELLED)).long().cpu()
         still = torch.zeros_like(field)
         for suffix, displacement in (("_before", still), ("", field)):
             measured = [self._measured(one, *pair) for one, pair in zip(displacement, maps, strict=True)]

@@ -168,7 +168,7 @@ class SegmentationHead(Head):
 
         All at the model's resolution. The maps themselves are not kept.
         """
-        found, truth = self(encoding).argmax(1), encoding.batch.targets[self.name].long()
+        found, truth = self(encoding).argmax(1).cpu(), encoding.batch.targets[self.name].long().cpu()
         number, spacings = len(self.classes), [self.spacing] * len(truth) if self.spacing else None
         overlap, distance = dice(found, truth, number), hausdorff95(found, truth, number, spacings)
         columns: dict[str, list[float]] = {}

@@ -54,7 +54,7 @@ class MatchingObjective(Objective):
         A wrong pair that is none, because both studies hold the same text, does not count.
         """
         if not set(self.encoders) <= set(encoding.parts):  # a site that holds one of the two
-            return torch.zeros(len(encoding.batch))
+            return torch.zeros(len(encoding.batch), device=encoding.model.device)
         rows = encoding.batch.usable[self.name].nonzero()[:, 0]
         other = torch.arange(len(encoding.batch), device=rows.device).index_put((rows,), rows.roll(1))
         first, second = (encoding.parts[name] for name in self.encoders)
@@ -62,8 +62,8 @@ class MatchingObjective(Objective):
         ids = encoding.input(self.encoders[1])
         wrong = (ids != ids[other]).flatten(1).any(1)
         right_loss, wrong_loss = (
-            F.cross_entropy(self._logits(encoding, first, text), target.expand(len(ids)), reduction="none")
-            for text, target in ((second, torch.tensor(1)), (swapped, torch.tensor(0)))
+            F.cross_entropy(self._logits(encoding, first, text), ids.new_full((len(ids),), right), reduction="none")
+            for text, right in ((second, 1), (swapped, 0))
         )
         return (right_loss + wrong_loss * wrong) / (1 + wrong.int())
 
