@@ -5,11 +5,19 @@ import pytest
 import torch
 from elsewhere import DEVICE, on_the_device, there
 from test_combinations import document, random_batch
+from tiny import MODALITIES, prepare_run, tiny_federation, write_sites
 
+from client.agent import Agent
+from client.loading import arrays, load
+from mmfm_core.config import load_sites
+from mmfm_core.config.loading import sha256
 from mmfm_core.config.model import Model
-from mmfm_core.models.model import full_model
+from mmfm_core.errors import MmfmError
+from mmfm_core.models.model import MultimodalModel, full_model
 from mmfm_core.models.tasks import Encoding
+from mmfm_core.protocol import Describe, Refusal
 from mmfm_core.registry import FUSIONS, HEADS, OBJECTIVES
+from mmfm_core.storage import packed, unpacked
 
 TASKS = (*HEADS, *OBJECTIVES)
 
@@ -47,3 +55,33 @@ def test_losses_and_predictions_on_a_device_are_those_on_the_processor(task, fus
         moved_losses, moved_predictions = found()
     assert moved_losses == pytest.approx(losses, rel=1e-4, nan_ok=True)
     pd.testing.assert_frame_equal(moved_predictions, predictions, rtol=1e-4)
+
+
+def test_the_state_of_a_model_on_a_device_goes_to_arrays_and_back(monkeypatch):
+    monkeypatch.setattr(MultimodalModel, "device", DEVICE)
+    config = Model.model_validate(document("classification", "joint"))
+    model, other = full_model(config, seed=0), full_model(config, seed=1)
+    state = unpacked(packed(arrays(model)))  # as it comes in a message: not to be written to
+    load(other, state)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_device_that_is_not_there_is_refused_with_what_to_do(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    (site,) = write_sites(tmp_path / "data", {"north": MODALITIES}).values()
+    federation = tiny_federation()
+    run = prepare_run(tmp_path / "run", federation, {"north": site.model_copy(update={"device": "cuda"})})
+    answer = Agent.open(run / "sites" / "north", durable=False).answer(Describe(sha256(federation)))
+    assert isinstance(answer, Refusal)
+    assert "device: torch finds no CUDA device" in answer.reason
+    assert "device: cpu" in answer.reason
+
+
+def test_sites_of_a_simulation_cannot_be_on_several_devices(tmp_path):
+    path = tmp_path / "sites.yaml"
+    path.write_text(
+        "defaults: {manifest: m.csv, modalities: {scan: scan}}\nsites:\n  north: {device: cuda}\n  south: {}\n"
+    )
+    with pytest.raises(MmfmError, match=r"sites\.yaml: the sites of a simulation compute on one device"):
+        load_sites(path)

@@ -56,7 +56,9 @@ def load_sites(path: Path) -> dict[str, Site]:
         merged = _merge(defaults, entry or {}) | {"name": name}
         sites[str(name)] = _validate(Site, merged, path, where=where, context={"folder": path.parent})
     if len({site.device for site in sites.values()}) > 1:
-        raise MmfmError(f"{path}: the sites of a simulation compute on one device; write 'device' once, under 'defaults'")
+        raise MmfmError(
+            f"{path}: the sites of a simulation compute on one device; write 'device' once, under 'defaults'"
+        )
     return sites
 
 

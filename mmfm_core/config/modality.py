@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, field_validator, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from mmfm_core.config.strict import Choices, Name, Strict
 
@@ -22,16 +31,40 @@ Normalize = Annotated[
 """'site': by the site's own training studies; 'study': each by itself (usual for MRI, which has no unit); declared."""
 
 
+Axis = Literal["x", "y", "z"]
+AXES: dict[int, dict[Axis, int]] = {2: {"x": -1, "y": -2}, 3: {"x": -3, "y": -2, "z": -1}}
+"""Of an image, x runs to the right and y down; of a volume, x, y and z run to the patient's right, front and top."""
+
+
+class Augment(Strict):
+    """Random changes of an image in training, drawn anew for each study in each step.
+
+    Attributes:
+        mirror: axes along which half of the studies are mirrored, all their images that say so together. Not where left
+            and right matter to a label or are named in a report.
+        contrast: the image is multiplied by a factor within 1 plus or minus this.
+        brightness: what is added is within plus or minus this, in units of the normalised image.
+        noise: standard deviation of white noise, in the same units.
+    """
+
+    mirror: tuple[Axis, ...] = ()
+    contrast: float = Field(default=0.0, ge=0, lt=1)
+    brightness: NonNegativeFloat = 0.0
+    noise: NonNegativeFloat = 0.0
+
+
 class _Pixels(Strict):
     """What images and volumes have in common.
 
     Attributes:
         window: physical values (Hounsfield units, say) that become 0 and 1; what lies outside is clipped.
+        augment: how training changes it at random. The features of a frozen trunk are then computed in every step.
     """
 
     window: tuple[float, float] | None = None
     optional: bool = False
     normalize: Normalize = "site"
+    augment: Augment | None = None
 
     @model_validator(mode="after")
     def _window_is_open(self) -> "_Pixels":
@@ -46,6 +79,12 @@ class ImageModality(_Pixels):
     kind: Literal["image2d"]
     channels: Literal[1, 3] = 1
     size: tuple[PositiveInt, PositiveInt]
+
+    @model_validator(mode="after")
+    def _has_no_depth(self) -> "ImageModality":
+        if self.augment and "z" in self.augment.mirror:
+            raise ValueError("augment.mirror: an image has the axes x and y")
+        return self
 
 
 class VolumeModality(_Pixels):

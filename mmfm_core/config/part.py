@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from mmfm_core.config.modality import Axis
     from mmfm_core.config.model import Model
     from mmfm_core.config.site import Mapping as SiteMapping
     from mmfm_core.data.manifest import Study
@@ -185,6 +186,10 @@ class HeadConfig(TaskConfig):
             MmfmError: why the target cannot be used; the caller adds the manifest's row.
         """
         raise NotImplementedError
+
+    def mirrored(self, targets: Tensor, model: Model, axis: Axis) -> Tensor:
+        """The targets [B, ...] of studies whose images were mirrored along an axis; most do not change."""
+        return targets
 
     def build(self, model: Model, name: str, artifacts: Path) -> Head:
         """The head, with random weights."""

@@ -36,7 +36,8 @@ def with_features(
 ) -> Dataset:
     """The dataset with the features of every encoder whose whole trunk is among the names `frozen`.
 
-    Stacked images are left out: what stands for a missing contrast is learned before the trunk.
+    Stacked images are left out: what stands for a missing contrast is learned before the trunk. So are those that
+    training changes at random.
     """
     everything, features = dataset.everything, {}
     for name, modalities in model.inputs_of.items():
@@ -44,7 +45,8 @@ def with_features(
         assert isinstance(encoder, Encoder)
         owner = getattr(encoder, "share_with", name)
         trunk = trunk_of(model, owner)
-        if len(modalities) > 1 or modalities[0] not in everything.inputs or not trunk.keys() <= set(frozen):
+        changed = getattr(config.modalities[modalities[0]], "augment", None)
+        if len(modalities) > 1 or modalities[0] not in everything.inputs or not trunk.keys() <= set(frozen) or changed:
             continue
         rows = everything.present[modalities[0]].nonzero().flatten().tolist()
         described = f"{config.encoders[owner].model_dump_json()}{config.tokenizer.model_dump_json()}"

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 
+from mmfm_core.config.modality import Axis
 from mmfm_core.config.part import Repaired
 from mmfm_core.config.site import Column
 from mmfm_core.config.strict import Cell, did_you_mean
@@ -104,6 +105,14 @@ def scaled(boxes: Sequence[Box], shape: Sequence[int], most: int) -> Tensor | Re
             raise MmfmError("has a box without area; give boxes as x0, y0, x1, y1 with x0 < x1 and y0 < y1")
         rows[row] = torch.tensor([box.label, *corners / limit])
     return Repaired(rows, "boxes that reach over the image's border by a pixel were cut there") if cut else rows
+
+
+def mirrored(rows: Tensor, axis: Axis) -> Tensor:
+    """Rows [..., 5] of an image that is mirrored along an axis; padding stays."""
+    low, high = {"x": (1, 3), "y": (2, 4)}[axis]
+    turned = rows.clone()
+    turned[..., low], turned[..., high] = 1 - rows[..., high], 1 - rows[..., low]
+    return torch.where(rows[..., :1] == PADDING, rows, turned)
 
 
 def as_text(labels: Tensor, corners: Tensor, classes: Sequence[str], scores: Tensor | None = None) -> str:

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mmfm_core.config.modality import PixelModality
+from mmfm_core.config.modality import AXES, Axis, PixelModality
 from mmfm_core.config.model import Model
 from mmfm_core.config.part import TaskConfig
 from mmfm_core.data.manifest import Study
@@ -15,6 +15,7 @@ from mmfm_core.data.readers.geometry import resample_labels, steps
 from mmfm_core.data.readers.sources import read_labels, read_pixels, read_voxels
 from mmfm_core.errors import MmfmError
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (monai imports torchvision)
+from mmfm_core.models.augmentation import mirrors
 from mmfm_core.models.tasks import Encoding
 
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrUpBlock  # isort: skip
@@ -46,11 +47,19 @@ def check_dense(model: Model, config: TaskConfig) -> None:
             raise ValueError(
                 f"encoders: '{names[0]}' and '{name}' must have one size and one patch_size to draw one map"
             )
+    mirrors(model, names)
     patch = cast(int, _patch(model, names[0]))
     if patch < 2 or patch & (patch - 1):
         raise ValueError(
             f"encoders: patch_size {patch} of '{names[0]}' must be a power of two, to be doubled up to a map"
         )
+
+
+def mirrored(maps: Tensor, model: Model, config: TaskConfig, axis: Axis) -> Tensor:
+    """Maps [..., *size] of studies whose images were mirrored along an axis: mirrored too, if it was theirs."""
+    names = drawing(model, config)
+    dimensions = len(pixels_of(model, names[0]).size)
+    return maps.flip(AXES[dimensions][axis]) if axis in mirrors(model, names) else maps
 
 
 def read_map(path: Path, study: Study, model: Model, modalities: Sequence[str]) -> Tensor:

@@ -13,6 +13,7 @@ from mmfm_core.config.model import Model as ModelConfig
 from mmfm_core.data.dataset import NO_ARTIFACTS, Batch
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.adapters import add_adapters, check_targets
+from mmfm_core.models.augmentation import augmented
 from mmfm_core.models.encoders.shared import SharedEncoder
 from mmfm_core.models.fusion.base import Fusion
 from mmfm_core.models.placement import generators
@@ -44,6 +45,7 @@ class MultimodalModel(nn.Module):
         """
         super().__init__()
         held = config.held(modalities, targets)
+        self.config = config
         self.inputs_of = {name: config.encoders[name].inputs(name) for name in held.encoders}
         self.encoders = built(
             "encoders", seed, {n: partial(config.encoders[n].build, config, n, artifacts) for n in held.encoders}
@@ -74,8 +76,10 @@ class MultimodalModel(nn.Module):
 
     def losses(self, batch: Batch, tasks: Collection[str]) -> dict[str, Tensor]:
         """The loss of each study for each head or objective, [B]; zero where it cannot serve it."""
+        batch = batch.to(self.device)
+        if self.training:
+            batch = augmented(batch, self.config)
         encoding = Encoding(self, batch)
-        batch = encoding.batch
         losses = {}
         for name in tasks:
             if name in self.heads:

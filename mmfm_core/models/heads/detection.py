@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from mmfm_core.config.modality import Axis
 from mmfm_core.config.model import Model
 from mmfm_core.config.part import HeadConfig, Repaired
 from mmfm_core.config.site import Column
@@ -22,6 +23,7 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.metrics.detection import AP50, COCO, MAX_DETECTIONS, average_precision
 from mmfm_core.metrics.statistic import Statistic
 from mmfm_core.models import boxes as box
+from mmfm_core.models.augmentation import mirrors
 from mmfm_core.models.centres import box_loss, closeness_of, heat_loss, peaks
 from mmfm_core.models.pyramid import STRIDE, FeatureMap, branch
 from mmfm_core.models.tasks import Encoding, Head
@@ -72,6 +74,7 @@ class Detection(HeadConfig):
             raise ValueError(
                 f"image: '{self.image}' is no encoder of 2D images here; {did_you_mean(self.image, images)}"
             )
+        mirrors(model, [self.within(model)])
 
     def held(self, model: Model, encoders: Collection[str], has_targets: bool) -> bool:
         """Only a site that can read the image."""
@@ -108,6 +111,10 @@ class Detection(HeadConfig):
             raise MmfmError("lies in images that differ in size; save the images that are stacked on one grid")
         # Without its image a study cannot serve the head, and nothing says how large the image was.
         return box.scaled(study.targets[name], shapes.pop(), self.max_boxes) if shapes else self.unlabelled(model)
+
+    def mirrored(self, targets: Tensor, model: Model, axis: Axis) -> Tensor:
+        """The boxes, mirrored with their image."""
+        return box.mirrored(targets, axis) if axis in mirrors(model, [self.within(model)]) else targets
 
     def build(self, model: Model, name: str, artifacts: Path) -> "DetectionHead":
         """The head, with random weights."""

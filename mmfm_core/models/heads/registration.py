@@ -10,6 +10,7 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from mmfm_core.config.modality import Axis
 from mmfm_core.config.model import Model
 from mmfm_core.config.part import HeadConfig
 from mmfm_core.config.site import Columns
@@ -21,7 +22,7 @@ from mmfm_core.data.table import Table
 from mmfm_core.errors import MmfmError
 from mmfm_core.metrics.deformation import folding, jacobian_determinant, warped_dice
 from mmfm_core.metrics.statistic import Statistic, mean_of
-from mmfm_core.models.dense import WIDTH, DenseDecoder, check_dense, drawing, pixels_of, read_map
+from mmfm_core.models.dense import WIDTH, DenseDecoder, check_dense, drawing, mirrored, pixels_of, read_map
 from mmfm_core.models.displacement import (
     Displacement,
     Motion,
@@ -139,6 +140,10 @@ class Registration(HeadConfig):
         if ((labels < 0) | (labels > self.structures)).any():
             raise MmfmError(f"has a label id beyond the {self.structures} 'structures' that the document declares")
         return labels.to(torch.int16)
+
+    def mirrored(self, targets: Tensor, model: Model, axis: Axis) -> Tensor:
+        """The maps, mirrored with their images."""
+        return mirrored(targets, model, self, axis)
 
     def build(self, model: Model, name: str, artifacts: Path) -> "RegistrationHead":
         """The head; it starts from the identity."""

@@ -11,6 +11,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmfm_core.config.modality import Axis
 from mmfm_core.config.model import Model
 from mmfm_core.config.part import HeadConfig
 from mmfm_core.config.site import Column
@@ -23,7 +24,7 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.metrics.overlap import dice, hausdorff95, over_classes
 from mmfm_core.metrics.statistic import Statistic
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (monai imports torchvision)
-from mmfm_core.models.dense import WIDTH, DenseDecoder, check_dense, drawing, pixels_of, read_map
+from mmfm_core.models.dense import WIDTH, DenseDecoder, check_dense, drawing, mirrored, pixels_of, read_map
 from mmfm_core.models.tasks import Encoding, Head
 from mmfm_core.text import Tokenizer
 
@@ -122,6 +123,10 @@ class Segmentation(HeadConfig):
             if label != NONZERO:
                 classes[ids == int(float(label))] = self.classes.index(name)
         return classes
+
+    def mirrored(self, targets: Tensor, model: Model, axis: Axis) -> Tensor:
+        """The maps, mirrored with their images."""
+        return mirrored(targets, model, self, axis)
 
     def build(self, model: Model, name: str, artifacts: Path) -> "SegmentationHead":
         """The head, with random weights."""
