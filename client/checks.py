@@ -111,6 +111,7 @@ def _document(place: Place, site: Site, document: str) -> Iterator[Finding]:
     limits.hold(site.limits, place.directory / "site.yaml")
     participation = Agent.open(place.directory).participate(document)
     yield Finding("ok", f"{named}: every row and file was read, {len(participation.dataset)} studies")
+    yield Finding("ok", f"{named}: models compute on '{participation.model.device}' (device in site.yaml)")
     for stage in federation.stages:
         one = stage.model_copy(update={"local_steps": 1, "local_first": 0})
         names = [name for name, fate in participation.fates.items() if fate != "frozen"]

@@ -268,6 +268,7 @@ def test_check_reads_every_row_and_tries_a_step(here: Path, tmp_path: Path, site
     assert tight.exit_code == 1
     assert "modalities: scan, labs; without note" in said
     assert "every row and file was read, 36 studies" in said
+    assert "models compute on 'cpu'" in said
     assert "a round would exceed limits.seconds" in said
     image = next((sites["north"].manifest.parent / "scans").iterdir())
     whole = image.read_bytes()
