@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+import engines
 import startup
 from federations import STUDIES
 from rounds import overhead
@@ -60,6 +61,8 @@ def questions(data: Path) -> dict[str, tuple[bool, Callable[[], Figures]]]:
         "a round, 1.2 M, 10 of 20 sites": (True, lambda: overhead(data, "1.2 M", 20, 10, 5)),
         "a round, 0.1 M, 10 of 100 sites": (False, lambda: overhead(data, "0.1 M", 100, 10, 30)),
         "a round, 1.2 M, 10 of 100 sites": (False, lambda: overhead(data, "1.2 M", 100, 10, 5)),
+        "a round in one process against Ray, 0.1 M": (False, lambda: engines.against_ray(data, 20, 10, 20)),
+        "a round in two workers, wall, 1.2 M": (False, lambda: engines.two_workers(data, 20, 10, 12)),
         "to the first round's end, 0.1 M": (True, lambda: startup.first_round(data, "0.1 M", 20, 10)),
         "aggregation, 50 replies of 100 MB": (True, lambda: program("aggregation.py")),
         "memory of 1,000 sites against 20": (False, lambda: many_sites(data)),
