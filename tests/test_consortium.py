@@ -1,6 +1,8 @@
 """`mmfm coordinator` with real processes on loopback, from nothing to a completed run; and what it refuses."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +93,28 @@ def test_from_nothing_to_a_run_that_equals_the_simulation(
     assert re.search(r"south +online", status)
     assert re.search(r"tiny +completed +2/2", status)
     assert hospitals
+
+
+def test_the_link_waits_for_its_database_longer_than_a_large_model_takes(tmp_path):
+    """What connections are told, in a process of its own: Flower reads it when it is imported."""
+    code = f"""
+import sys, types
+import server.consortium.superlink as link
+
+def flower_superlink():
+    from sqlalchemy import text
+    from flwr.supercore.sql_mixin import SqlMixin
+
+    class Database(SqlMixin):
+        pass
+
+    database = Database("{tmp_path / "link.db"}")
+    database.initialize()
+    with database.session() as session:
+        print(session.execute(text("PRAGMA busy_timeout")).scalar())
+
+sys.modules["flwr.superlink.cli"] = types.SimpleNamespace(flower_superlink=flower_superlink)
+link.main()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(ran.stdout.split()[-1]) == 300_000

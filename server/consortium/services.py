@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -77,7 +78,7 @@ def commands(consortium: Consortium) -> dict[str, list[str | Path]]:
     host, port = host_and_port(settings.link)
     found: dict[str, list[str | Path]] = {
         "superlink": [
-            *("flower-superlink", "--host", host, "--port", str(port)),
+            *(sys.executable, "-P", "-m", "server.consortium.superlink", "--host", host, "--port", str(port)),
             *("--ssl-ca-certfile", consortium.authority, "--ssl-certfile", consortium.certificate),
             *("--ssl-keyfile", keys / "server.key", "--enable-supernode-auth", "--database", consortium.database),
             # 'process': a ServerApp lives on when the SuperLink restarts; the secret keeps others from taking its runs.
@@ -224,7 +225,7 @@ def restart_servers(consortium: Consortium) -> bool:
     for pid in _left_by_up(consortium) | _served(consortium):
         with suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"flower-superlink" in words or b"nginx" in words:
+            if b"server.consortium.superlink" in words or b"nginx" in words:
                 os.kill(pid, signal.SIGTERM)
                 found = True
     return found
