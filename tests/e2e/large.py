@@ -15,7 +15,7 @@ from mmfm_core.storage import read_tensors
 
 ROUNDS = 3
 PARTICIPANTS = 2
-PROGRAMS = ("superlink", "supernode", "serverapp", "courier", "agent-only")
+PROGRAMS = ("supernode", "consortium.superlink", "serverapp", "courier", "agent-only")
 
 
 def large(world: World) -> None:
