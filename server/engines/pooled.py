@@ -44,6 +44,7 @@ def simulate(run_directory: Path) -> None:
                 EXACT,
                 partial(_read_all, folders, run_directory / "artifacts"),
                 durable=False,
+                device=load_site(folders[0] / "site.yaml").device,  # the sites of a simulation share it
             )
         ],
     )
