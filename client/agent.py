@@ -63,8 +63,9 @@ class Agent:
     """A site's agent over its directory.
 
     The directory holds `site.yaml`, `approved/<sha256>.yaml` (the documents this site agreed to), and what the agent
-    writes: `state/` (local parameters), `predictions/`, `cache/` (features of frozen trunks) and `ledger.sqlite`, none
-    of which is sent; `answers/` (the last replies to private rounds), and `egress.sqlite` (what was sent).
+    writes: `state/` (local parameters), `predictions/`, `cache/` (decoded images and features of frozen trunks) and
+    `ledger.sqlite`, none of which is sent; `answers/` (the last replies to private rounds), and `egress.sqlite` (what
+    was sent).
 
     Log and local state are on the disk before an answer leaves, unless the site is not `durable`, as in a simulation:
     then they outlive the process, however it ends, but maybe not a power cut.
@@ -91,7 +92,7 @@ class Agent:
     def open(cls, directory: Path, durable: bool = True, build: Build = MultimodalModel) -> "Agent":
         """The agent of a site's directory."""
         site = load_site(directory / "site.yaml")
-        read = partial(load_dataset, site, artifacts=directory / "artifacts")
+        read = partial(load_dataset, site, artifacts=directory / "artifacts", cache=directory / "cache")
         return cls(directory, site.name, site.release, read, site.budget, site.ledger, build, durable, site.device)
 
     def answer(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:

@@ -100,16 +100,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(left_over, ignore_errors=True)
 
 
-def _write(path: Path, data: bytes, mode: int = 0o666, durable: bool = True) -> None:
+@contextmanager
+def whole_file(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A file to make; it appears under `path`, replacing what stood there, only if the block ends well."""
     partial = path.with_name(f".partial-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)  # what a crash left may have another mode
-        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
+        yield partial
+        if durable:
+            flush(partial)
         partial.replace(path)
         if durable:
             flush(path.parent)
@@ -118,6 +118,14 @@ def _write(path: Path, data: bytes, mode: int = 0o666, durable: bool = True) -> 
     finally:
         with suppress(OSError):
             partial.unlink()  # of what failed, or was asked to end in the middle of it
+
+
+def _write(path: Path, data: bytes, mode: int = 0o666, durable: bool = True) -> None:
+    with (
+        whole_file(path, durable) as partial,
+        open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file,
+    ):
+        file.write(data)
 
 
 def flush(path: Path) -> None:

@@ -16,18 +16,16 @@ from torch import Tensor
 
 from mmfm_core.config.modality import (
     CategoricalFeature,
-    ImageModality,
     Modality,
     Normalization,
     TableModality,
     TextModality,
-    VolumeModality,
 )
 from mmfm_core.config.model import Model
 from mmfm_core.config.part import Repaired
 from mmfm_core.config.site import SPLITS, Site, Split
+from mmfm_core.data.images import decoded
 from mmfm_core.data.manifest import Study, read_manifest
-from mmfm_core.data.readers import read_image, read_volume
 from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import Note
 from mmfm_core.text import Tokenizer, open_tokenizer
@@ -79,7 +77,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Dataset:
-    """All studies of a site, decoded; rows of `everything` and of `studies` correspond.
+    """All studies of a site, decoded, large images on the disk; rows of `everything` and of `studies` correspond.
 
     Attributes:
         everything: the whole site as one batch.
@@ -111,11 +109,15 @@ class Dataset:
         return {split: torch.tensor([study.split == split for study in self.studies]) for split in SPLITS}
 
 
-def load_dataset(site: Site, model: Model, artifacts: Path = NO_ARTIFACTS) -> Dataset:
-    """Read a site's manifest and files; `artifacts` is the folder of pinned files, by their hash.
+def load_dataset(site: Site, model: Model, artifacts: Path = NO_ARTIFACTS, cache: Path | None = None) -> Dataset:
+    """Read a site's manifest and files.
+
+    Args:
+        artifacts: the folder of pinned files, by their hash.
+        cache: the site's folder for images that are too many for its memory; see `decoded`.
 
     Raises:
-        MmfmError: see `read_manifest`, `read_image`, `read_volume`, and the heads' `decode`.
+        MmfmError: see `read_manifest`, `decoded`, and the heads' `decode`.
     """
     studies = read_manifest(site, model)
     tokenizer = open_tokenizer(model.tokenizer, artifacts)
@@ -136,7 +138,7 @@ def load_dataset(site: Site, model: Model, artifacts: Path = NO_ARTIFACTS) -> Da
         elif isinstance(modality, TableModality):
             inputs[name] = _features(studies, name, modality, fit)
         else:
-            inputs[name] = _images(site, studies, name, modality, fit)
+            inputs[name] = decoded(site, studies, name, modality, fit, cache)
         present[name] = here
     targets, labelled = {}, {}
     for name in model.heads:
@@ -206,33 +208,6 @@ def _targets(
             targets[row] = decoded
     held = sum(name in study.targets for study in studies)
     return targets, [Note(count, held, f"targets of '{name}': {repair}") for repair, count in repairs.items()]
-
-
-def _images(
-    site: Site, studies: list[Study], name: str, modality: ImageModality | VolumeModality, fit: Tensor
-) -> Tensor:
-    channels = modality.channels if isinstance(modality, ImageModality) else 1
-    images = torch.zeros(len(studies), channels, *modality.size)
-    for row, study in enumerate(studies):
-        if name in study.inputs:
-            path = study.inputs[name]
-            assert isinstance(path, Path)
-            try:
-                pixels = (
-                    read_image(path, modality) if isinstance(modality, ImageModality) else read_volume(path, modality)
-                )
-            except MmfmError as error:
-                where = f"{site.manifest}, row {study.row}"
-                raise MmfmError(f"the image of '{name}' {error}", where) from error
-            images[row] = torch.from_numpy(pixels)
-    if modality.normalize == "study":
-        each = images.flatten(1)
-        mean, std = (t.reshape(-1, *[1] * (images.ndim - 1)) for t in (each.mean(1), each.std(1)))
-    elif modality.normalize == "site":
-        mean, std = images[fit].mean(), images[fit].std()
-    else:
-        mean, std = torch.tensor(modality.normalize.mean), torch.tensor(modality.normalize.std)
-    return (images - mean) / std.clamp(min=1e-6)
 
 
 def _absent(modality: Modality, tokenizer: Tokenizer) -> Tensor:

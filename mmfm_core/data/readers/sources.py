@@ -71,6 +71,13 @@ def read_labels(path: Path, dimensions: int, assume_oriented: bool) -> tuple[np.
     return _whole(read_pixels(path)[0], 2), None
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that are read for a cell's path: of an archive's item the archive, of a series all of its folder."""
+    if archived := IN_ARCHIVE.fullmatch(str(path)):
+        return [Path(archived["file"])]
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
 def _source(path: Path) -> Source:
     name = path.name.lower()
     if IN_ARCHIVE.fullmatch(str(path)):

@@ -1,0 +1,133 @@
+"""A modality's images or volumes, decoded once: in memory, or in a file of the site's cache where they are many.
+
+A hospital has more films than memory. What is in the file is mapped, not read: the system reads the rows of a batch
+when they are asked for, keeps them as long as it has room, and a restarted agent decodes nothing.
+"""
+
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmfm_core.config.modality import ImageModality, PixelModality
+from mmfm_core.config.site import Site
+from mmfm_core.data.manifest import Study
+from mmfm_core.data.readers import read_image, read_volume
+from mmfm_core.data.readers.sources import files_of
+from mmfm_core.errors import MmfmError
+from mmfm_core.storage import whole_file
+
+IN_MEMORY = 2**29
+"""Bytes of one modality at a site; beyond them its images lie in a file."""
+
+PATIENCE = 2.0  # seconds without a word
+FORM = "1"
+"""Of what is in a file: another one where decoding changes."""
+
+log = logging.getLogger(__name__)
+
+
+def decoded(
+    site: Site, studies: Sequence[Study], name: str, modality: PixelModality, fit: Tensor, cache: Path | None
+) -> Tensor:
+    """The images of a modality, normalised, float32 [N, C, H, W] or volumes [N, 1, D, H, W]; zero where absent.
+
+    Args:
+        fit: the studies ([N] bool) whose mean and deviation count where the modality is normalised by its site.
+        cache: the site's folder for what it derives from its patients. Without one everything is in memory. A file in
+            it may be deleted at any time; a changed image, manifest or modality is decoded into a new one.
+
+    Raises:
+        MmfmError: an image cannot be read, see `read_image` and `read_volume`; or the disk has no room for all.
+    """
+    channels = modality.channels if isinstance(modality, ImageModality) else 1
+    shape = (len(studies), channels, *modality.size)
+    size = 4 * math.prod(shape)
+    if cache is None or size <= IN_MEMORY:
+        images = torch.zeros(shape)
+        _decode(site, studies, name, modality, fit, images)
+        return images
+    path = cache / "images" / f"{_key(studies, name, modality, fit)}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # runs of one simulation share a cache
+        if not path.exists():
+            log.info("decoding the images of '%s' into %s, %.1f GB", name, path, size / 1e9)
+            with whole_file(path) as partial:
+                array = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+                with partial.open("rb+") as file:
+                    # A mapped file that outgrows its disk kills the process that writes to it, without a word.
+                    os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+                _decode(site, studies, name, modality, fit, torch.from_numpy(array))
+                array.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a tensor that cannot be written to, which it shall not
+        # Nor copied on writing: the system would count all of it as this process' memory, which a site limits.
+        return torch.from_numpy(np.load(path, mmap_mode="r"))
+
+
+def _decode(
+    site: Site, studies: Sequence[Study], name: str, modality: PixelModality, fit: Tensor, images: Tensor
+) -> None:
+    rows = [row for row, study in enumerate(studies) if name in study.inputs]
+    said = time.monotonic()
+    for number, row in enumerate(rows):
+        images[row] = torch.from_numpy(_read(site, studies[row], name, modality))
+        if modality.normalize == "study":
+            _normalise(images[row], float(images[row].mean()), float(images[row].std()))
+        if time.monotonic() - said > PATIENCE:
+            log.info("images of '%s': %d of %d read", name, number + 1, len(rows))
+            said = time.monotonic()
+    if modality.normalize == "study":
+        return
+    if modality.normalize == "site":
+        mean, std = _moments(images, fit.nonzero().flatten().tolist())
+    else:
+        mean, std = modality.normalize.mean, modality.normalize.std
+    for row in rows:
+        _normalise(images[row], mean, std)
+
+
+def _read(site: Site, study: Study, name: str, modality: PixelModality) -> np.ndarray:
+    path = study.inputs[name]
+    assert isinstance(path, Path)
+    try:
+        return read_image(path, modality) if isinstance(modality, ImageModality) else read_volume(path, modality)
+    except MmfmError as error:
+        where = f"{site.manifest}, row {study.row}"
+        raise MmfmError(f"the image of '{name}' {error}", where) from error
+
+
+def _normalise(image: Tensor, mean: float, std: float) -> None:
+    image.sub_(mean).div_(max(std, 1e-6))
+
+
+def _moments(images: Tensor, rows: Sequence[int]) -> tuple[float, float]:
+    """Mean and standard deviation of all values of the rows, one image in memory at a time."""
+    count = len(rows) * images[0].numel()
+    mean = sum(float(images[row].double().sum()) for row in rows) / count
+    squares = sum(float((images[row].double() - mean).square().sum()) for row in rows)
+    return mean, math.sqrt(squares / max(count - 1, 1))
+
+
+def _key(studies: Sequence[Study], name: str, modality: PixelModality, fit: Tensor) -> str:
+    """Changes with all that decides what is decoded; of a file its path, size and time, as `make` has it."""
+    digest = hashlib.sha256(f"{FORM} {modality.model_dump_json(exclude={'augment', 'optional'})}".encode())
+    digest.update(fit.numpy().tobytes())
+    for study in studies:
+        path = study.inputs.get(name)
+        for file in files_of(path) if isinstance(path, Path) else ():
+            with_what = file.stat() if file.exists() else None  # `_read` tells what is not there
+            facts = (with_what.st_size, with_what.st_mtime_ns) if with_what else ()
+            digest.update(f"{path} {file.name} {facts}".encode())
+        digest.update(b"|")
+    return digest.hexdigest()
