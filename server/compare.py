@@ -16,7 +16,7 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.storage import write_json, write_text
 from server import verdict
 from server.coordinator import initial_state
-from server.evidence import Cost, Evidence, evidence, read_predictions
+from server.evidence import Cost, Evidence, of_leading, read_predictions
 from server.methods import METHODS, REFERENCE, apply
 from server.record import Run, read_lines
 from server.simulation import FEATURES, PLAIN, load_documents, prepare
@@ -118,7 +118,7 @@ def _evidence(
     if not sites:
         return None
     found = {name: {site: by_site[site] for site in sorted(sites)} for name, by_site in found.items()}
-    return evidence(federation.model.heads[head], head, federation.metrics_of(head)[0], found)
+    return of_leading(federation.model.heads[head], head, federation.metrics_of(head), found)
 
 
 def _cost(directory: Path, name: str, seeds: int) -> Cost:

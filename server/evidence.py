@@ -1,7 +1,7 @@
 """What the runs of several methods show: figures per site, over sites, and paired differences with their noise."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +43,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One head's leading metric of every method.
+    """One head's leading metric of every method, or the next one that some site's patients suffice for.
 
     Attributes:
         patients: site -> test patients.
         draws: method -> site -> draws, the mean over seeds.
         errors: method -> expected calibration error, mean of sites; empty where the head has none.
+        instead_of: the leading metric, where it is undefined at every site.
     """
 
     head: str
@@ -56,6 +57,7 @@ class Evidence:
     patients: Mapping[str, int]
     draws: Mapping[str, Mapping[str, Draws]]
     errors: Mapping[str, float]
+    instead_of: str = ""
 
     def site(self, method: str, site: str) -> Figure:
         """One site's figure."""
@@ -78,6 +80,16 @@ class Evidence:
     def defined(self) -> list[str]:
         """The sites where every method's figure is defined."""
         return [site for site in self.patients if all(np.isfinite(each[site][0]) for each in self.draws.values())]
+
+
+def of_leading(head: HeadConfig, name: str, metrics: Sequence[str], predictions: Predictions) -> Evidence:
+    """The evidence of the first of `metrics` that the test patients of some site suffice for, or else of the first."""
+    leading, *others = (metric for metric in metrics if metric not in head.LOWER_IS_BETTER)
+    shown = evidence(head, name, leading, predictions)
+    if shown.defined:
+        return shown
+    instead = (evidence(head, name, metric, predictions) for metric in others)
+    return next((replace(each, instead_of=leading) for each in instead if each.defined), shown)
 
 
 def evidence(head: HeadConfig, name: str, metric: str, predictions: Predictions) -> Evidence:

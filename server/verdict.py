@@ -68,6 +68,8 @@ def difference(e: Evidence, method: str, site: str | None = None) -> Figure:
 def sentences(e: Evidence) -> list[str]:
     """What differs beyond noise, what does not, and whether a site is harmed."""
     told = []
+    if e.instead_of:
+        told.append(f"{e.instead_of} is undefined at every site, so {e.metric} is compared.")
     undefined = [site for site in e.patients if site not in e.defined]
     if undefined:
         told.append(f"{e.metric} is undefined at {', '.join(undefined)}, which no mean counts.")
@@ -75,6 +77,8 @@ def sentences(e: Evidence) -> list[str]:
         return told
     others = [method for method in e.draws if method != REFERENCE]
     found = {method: difference(e, method) for method in others}
+    if any(math.isnan(figure.low) for figure in found.values()):
+        return [*told, f"{e.metric} has no interval here, so nothing is said about what differs beyond noise."]
     for verb, ahead in (("better", lambda f: f.low > 0), ("worse", lambda f: f.high < 0)):
         named = [f"{METHODS[m].title} ({_signed(f)})" for m, f in found.items() if ahead(f)]
         if named:

@@ -19,7 +19,7 @@ from mmfm_core.config.loading import dump
 from mmfm_core.errors import MmfmError
 from server import verdict
 from server.compare import compare
-from server.evidence import Cost, Evidence, Figure, evidence
+from server.evidence import Cost, Evidence, Figure, evidence, of_leading
 from server.methods import METHODS, REFERENCE, Method, apply
 
 FEDERATION = tiny_federation()
@@ -92,6 +92,23 @@ def test_a_site_where_the_figure_is_undefined_is_named_and_left_out_of_means() -
     assert found.mean_of_sites(REFERENCE)[0] == found.site(REFERENCE, "south").value
     assert verdict.sentences(found)[0] == "auroc is undefined at north, which no mean counts."
     assert json.dumps(verdict.numbers(found, dict.fromkeys(tables, Cost(1.0, 2.0))), allow_nan=False)
+
+
+def test_where_no_site_has_patients_enough_the_next_figure_is_compared_and_it_is_said() -> None:
+    tables = of_signals({REFERENCE: 1.5, "fedavg": 1.0})
+    assert of_leading(HEAD, "disease", ["auroc", "accuracy"], tables).metric == "auroc"
+    for by_site in tables.values():
+        for site, each in by_site.items():
+            by_site[site] = [table.assign(target=1) for table in each]
+    found = of_leading(HEAD, "disease", ["auroc", "ece", "auprc", "accuracy"], tables)
+    assert (found.metric, found.defined) == ("accuracy", ["north", "south"])
+    assert verdict.sentences(found)[0] == "auroc is undefined at every site, so accuracy is compared."
+    assert of_leading(HEAD, "disease", ["auroc", "auprc"], tables).metric == "auroc"
+
+
+def test_of_a_figure_without_intervals_nothing_is_said_about_noise() -> None:
+    found = evidence(HEAD, "disease", "f1", of_signals({REFERENCE: 0.0, "fedper": 3.0, "local-only": 3.0}))
+    assert verdict.sentences(found) == ["f1 has no interval here, so nothing is said about what differs beyond noise."]
 
 
 def test_an_interval_covers_what_patients_drawn_again_would_show() -> None:

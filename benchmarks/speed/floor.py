@@ -44,7 +44,7 @@ def one_round(model: MultimodalModel, sites: Sequence[Batch], state: State) -> S
     for site in sites:
         model.load_state_dict(state)
         model.train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)  # as ours
         order = torch.randperm(len(site)).tolist()
         for step in range(STEPS):
             optimizer.zero_grad()

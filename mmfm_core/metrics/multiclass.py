@@ -8,13 +8,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmfm_core.metrics.ranking import Floats, auroc, undefined
-from mmfm_core.metrics.statistic import Statistic
+from mmfm_core.metrics.statistic import Statistic, mean_of
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (torchmetrics imports torchvision)
 
 from torchmetrics.functional.classification import (  # isort: skip
     binary_average_precision,
     binary_f1_score,
-    multiclass_accuracy,
     multiclass_average_precision,
     multiclass_calibration_error,
     multiclass_f1_score,
@@ -33,6 +32,8 @@ def one_of_several(metric: str, probabilities: Floats, targets: NDArray[np.int64
         return None
     if metric == "auroc":
         return lambda weights: auroc(probabilities, targets, weights)
+    if metric == "accuracy":
+        return mean_of((probabilities.argmax(1) == targets).astype(float))
     return float(_POINT[metric](torch.tensor(probabilities).float(), torch.tensor(targets)))
 
 
@@ -50,10 +51,6 @@ def _f1(probabilities: Tensor, targets: Tensor) -> Tensor:
     return multiclass_f1_score(probabilities, targets, num_classes=classes, average="macro")
 
 
-def _accuracy(probabilities: Tensor, targets: Tensor) -> Tensor:
-    return multiclass_accuracy(probabilities, targets, num_classes=probabilities.shape[1], average="micro")
-
-
 def _calibration_error(probabilities: Tensor, targets: Tensor) -> Tensor:
     return multiclass_calibration_error(probabilities, targets, num_classes=probabilities.shape[1], n_bins=10)
 
@@ -61,6 +58,5 @@ def _calibration_error(probabilities: Tensor, targets: Tensor) -> Tensor:
 _POINT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "auprc": _average_precision,
     "f1": _f1,
-    "accuracy": _accuracy,
     "ece": _calibration_error,
 }

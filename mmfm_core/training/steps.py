@@ -125,9 +125,12 @@ def _apply(rule: Rule, trained: Mapping[str, nn.Parameter]) -> None:
 
 
 def optimizer_of(stage: Stage, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser that a stage names, fresh."""
+    """The optimiser that a stage names, fresh.
+
+    Fused: torch's default walks through the parameters in Python, a third of a small model's step.
+    """
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[stage.optimizer.type]
-    return kind(parameters, lr=stage.optimizer.lr, weight_decay=stage.optimizer.weight_decay)
+    return kind(parameters, lr=stage.optimizer.lr, weight_decay=stage.optimizer.weight_decay, fused=True)
 
 
 def shuffled_batches(rows: Sequence[int], size: int, steps: int) -> Iterator[list[int]]:
