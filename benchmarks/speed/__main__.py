@@ -63,6 +63,10 @@ def questions(data: Path) -> dict[str, tuple[bool, Callable[[], Figures]]]:
         "a round, 1.2 M, 10 of 100 sites": (False, lambda: overhead(data, "1.2 M", 100, 10, 5)),
         "a round in one process against Ray, 0.1 M": (False, lambda: engines.against_ray(data, 20, 10, 20)),
         "a round in two workers, wall, 1.2 M": (False, lambda: engines.two_workers(data, 20, 10, 12)),
+        "memory of two workers against the loop's + 150 MB": (
+            False,
+            lambda: engines.memory_of_two_workers(data, 20, 10, 6),
+        ),
         "to the first round's end, 0.1 M": (True, lambda: startup.first_round(data, "0.1 M", 20, 10)),
         "aggregation, 50 replies of 100 MB": (True, lambda: program("aggregation.py")),
         "memory of 1,000 sites against 20": (False, lambda: many_sites(data)),

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -42,6 +43,17 @@ def two_workers(data: Path, sites: int, per_round: int, rounds: int) -> dict[str
     return {"floor_wall": loop, "ours_wall": ours["wall"], "ratio": ours["wall"] / loop, "target": 0.6}
 
 
+def memory_of_two_workers(data: Path, sites: int, per_round: int, rounds: int) -> dict[str, float]:
+    """MB of all processes over what the bare loop in two processes may take: its own, and 150."""
+    hospitals(data, sites)
+    command = [sys.executable, Path(__file__).with_name("pair.py"), data, "1.2 M", sites, per_round, rounds]
+    told = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    pair: dict[str, float] = json.loads(told)
+    ours = a_round(data, "1.2 M", sites, per_round, rounds, "--workers", "2")
+    figures = {"pair_mb": pair["mb"], "ours_mb": ours["mb"], "pair_wall": pair["wall"], "ours_wall": ours["wall"]}
+    return figures | {"ratio": ours["mb"] / (pair["mb"] + 150), "target": 1.0}
+
+
 def a_round(data: Path, size: str, sites: int, per_round: int, rounds: int, *options: str) -> dict[str, float]:
     """Seconds of CPU and of the clock of one round, and MB of all processes after the last."""
     federation, files = document(size, rounds + 1, per_round), hospitals(data, sites)
@@ -72,7 +84,7 @@ def _at(run: Path, number: int, started: "subprocess.Popen[bytes]", mark: str) -
         time.sleep(0.01)
     now = time.time()
     processes = list(_marked(mark))
-    return now, sum(map(_cpu, processes)), sum(map(_resident, processes))
+    return now, sum(map(_cpu, processes)), sum(map(resident_of, processes))
 
 
 def _marked(mark: str) -> Iterator[Path]:
@@ -89,7 +101,7 @@ def _cpu(process: Path) -> float:
     return 0.0
 
 
-def _resident(process: Path) -> float:
+def resident_of(process: Path) -> float:
     """MB, shared pages divided among those who share them."""
     with suppress(OSError):
         lines = (process / "smaps_rollup").read_text().splitlines()
