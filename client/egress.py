@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def entry_of(
     tensors = [
         {
             "name": name,
-            "dtype": str(tensor.dtype),
+            "dtype": _name(tensor.dtype),
             "shape": list(tensor.shape),
             "bytes": tensor.nbytes,
             "sha256": hashlib.sha256(np.ascontiguousarray(tensor).data).hexdigest(),
@@ -163,6 +164,11 @@ def entry_of(
         | {"tensors": tensors, "weights": answer.weights, "metrics": figures, "loss": answer.loss is not None}
         | {"epsilon": answer.epsilon}
     )
+
+
+@cache
+def _name(kind: np.dtype) -> str:
+    return str(kind)  # which numpy makes up anew each time, in longer than it takes to hash a small tensor
 
 
 def _last(log: sqlite3.Connection) -> tuple[int, str]:

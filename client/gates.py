@@ -66,18 +66,18 @@ def check_tensors(tensors: Mapping[str, np.ndarray], like: Mapping[str, np.ndarr
     Raises:
         MmfmError: which one is not, and why.
     """
-    for name in [*like, *tensors]:
+    for name, expected in like.items():
         if name not in tensors:
             raise MmfmError(f"the tensor '{name}' is missing")
-        if name not in like:
-            raise MmfmError("a tensor that was not asked for came along")
-        got, expected = tensors[name], like[name]
+        got = tensors[name]
         if got.shape != expected.shape or got.dtype != expected.dtype:
             raise MmfmError(
                 f"the tensor '{name}' is {got.dtype}{list(got.shape)}, expected {expected.dtype}{list(expected.shape)}"
             )
         if not finite(got):
             raise MmfmError(f"the tensor '{name}' holds values that are not finite")
+    if not tensors.keys() <= like.keys():
+        raise MmfmError("a tensor that was not asked for came along")
 
 
 def releasable(state: Tensors, names: Iterable[str]) -> Tensors:

@@ -59,14 +59,14 @@ def learn(
     Raises:
         MmfmError: see `train`; or a private round changed a buffer, which has no noise.
     """
-    before = arrays(model)
-    anchors = {name: torch.from_numpy(before[name]).to(model.device) for name in trained if name in shared}
+    before, device = arrays(model), model.device
+    anchors = {name: torch.from_numpy(before[name]).to(device) for name in trained if name in shared}
     theirs = {name: received[CONTROL + name] for name in anchors if CONTROL + name in received}
     own = {name: kept.get(CONTROL + name, 0 * theirs[name]) for name in theirs}
     rule = Rule(
         anchors=anchors,
         strength=stage.proximal,
-        correction={name: torch.from_numpy(theirs[name] - own[name]).to(model.device) for name in theirs},
+        correction={name: torch.from_numpy(theirs[name] - own[name]).to(device) for name in theirs},
         first=set(trained) - set(shared),
     )
     loss = train(model, dataset, stage, trained, rule, mechanism)
