@@ -80,6 +80,25 @@ def test_kept_features_are_what_the_trunk_computes(tmp_path: Path) -> None:
         torch.testing.assert_close(alone[0], expected[row], rtol=1e-3, atol=1e-3)
 
 
+class Unread(dict[str, Tensor]):
+    """Inputs of which one must not be asked for."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        assert name != "scan", "the images were taken, and features stand for them"
+        return super().__getitem__(name)
+
+
+def test_a_step_on_kept_features_does_not_touch_the_images(tmp_path: Path) -> None:
+    federation = frozen_trunks()
+    dataset = read(tmp_path, federation)
+    model = build(federation, dataset)
+    kept = with_features(dataset, model, federation.model, everything_of(model, "scan"), tmp_path / "c")
+    blind = replace(kept, everything=replace(kept.everything, inputs=Unread(kept.everything.inputs)))
+    expected = model.eval().losses(kept.batch([0, 3]), ["disease"])["disease"]
+    assert torch.equal(model.losses(blind.batch([0, 3]), ["disease"])["disease"], expected)
+    model.train().losses(blind.batch([0, 3]).rows([1]), ["disease"])["disease"].sum().backward()
+
+
 def test_a_trunk_that_is_trained_in_part_is_not_kept(tmp_path: Path) -> None:
     federation = frozen_trunks()
     dataset = read(tmp_path, federation)

@@ -5,7 +5,7 @@ the row out would give each encoder its own batch size, and per-patient gradient
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,28 @@ NO_ARTIFACTS = Path("artifacts")
 NOT = torch.tensor(False)
 
 
+class OnDemand(Mapping[str, Tensor]):
+    """What is made of each of some tensors, when it is asked for: images that features stand for never are."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], make: Callable[[Tensor], Tensor]) -> None:
+        self._tensors, self._make = tensors, make
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            self._made[name] = self._make(self._tensors[name])
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # Mapping's own would make it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a model sees.
@@ -47,27 +69,30 @@ class Batch:
         features: encoder -> what its frozen trunk made of the inputs, where that was kept.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: Mapping[str, Tensor]
     present: dict[str, Tensor]
     targets: dict[str, Tensor]
     usable: dict[str, Tensor]
     features: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return len(next(iter(self.present.values())))
 
     def rows(self, rows: Sequence[int]) -> "Batch":
         """The studies `rows`, in that order."""
         index = torch.as_tensor(rows, dtype=torch.long)
-        parts = (getattr(self, part.name) for part in fields(self))
-        return Batch(*({name: tensor[index] for name, tensor in part.items()} for part in parts))
+        return self._of_each(lambda tensor: tensor[index])
 
     def to(self, device: torch.device) -> "Batch":
         """The same studies on a device."""
-        if next(iter(self.inputs.values())).device == device:
+        if next(iter(self.present.values())).device == device:
             return self
-        parts = (getattr(self, part.name) for part in fields(self))
-        return Batch(*({name: tensor.to(device) for name, tensor in part.items()} for part in parts))
+        return self._of_each(lambda tensor: tensor.to(device))
+
+    def _of_each(self, make: Callable[[Tensor], Tensor]) -> "Batch":
+        names = (part.name for part in fields(self) if part.name != "inputs")
+        parts = {name: {key: make(tensor) for key, tensor in getattr(self, name).items()} for name in names}
+        return Batch(OnDemand(self.inputs, make), **parts)
 
     def only(self, modalities: Collection[str]) -> "Batch":
         """The same studies with no other modality than these."""

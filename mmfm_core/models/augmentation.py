@@ -19,6 +19,8 @@ def augmented(batch: Batch, model: Model) -> Batch:
     time, and draw from numpy's generator, which no site seeds.)
     """
     changes = {name: change for name in batch.inputs if (change := getattr(model.modalities[name], "augment", None))}
+    if not changes:
+        return batch
     inputs, targets = dict(batch.inputs), dict(batch.targets)
     for axis in AXES[3]:
         mirrored = [name for name, change in changes.items() if axis in change.mirror]

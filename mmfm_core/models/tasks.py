@@ -61,10 +61,16 @@ class Encoding:
     def parts(self) -> dict[str, Tokens]:
         """Each encoder's tokens before fusion; what a study's absent modalities hold has no influence."""
         return {
-            name: self.encoder(name)(self.input(name), self.batch.features.get(name)).only(self.present(name))
+            name: self._tokens(name).only(self.present(name))
             for name in self.model.encoders
             if any(modality in self.batch.inputs for modality in self.model.inputs_of.get(name, ()))
         }
+
+    def _tokens(self, name: str) -> Tokens:
+        encoder, features = self.encoder(name), self.batch.features.get(name)
+        x = self.input(name) if features is None or encoder.reads_input else features
+        tokens: Tokens = encoder(x, features)
+        return tokens
 
     def fused(self, encoders: Sequence[str] = ()) -> Fused:
         """The fusion of the tokens of `encoders`, or of all."""

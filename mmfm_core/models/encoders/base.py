@@ -21,6 +21,9 @@ class Encoder(nn.Module, ABC):
     BESIDE = ("fill", "modality_embedding", "project")
     """The children that `features` does not use; all others are the trunk."""
 
+    reads_input = True
+    """Whether `tokens` looks at the input itself, as for where a text is padded, and not only at its features."""
+
     def __init__(self, dim: int, channels: Sequence[str] = (), channels_each: int = 1) -> None:
         super().__init__()
         self.channels = tuple(channels)
@@ -64,7 +67,12 @@ class Encoder(nn.Module, ABC):
         """Tokens of the model's width from the features of the input `x`, without the type embedding."""
 
     def forward(self, x: Tensor, features: Tensor | None = None) -> Tokens:
-        """Tokens of an input as the dataset (or `stack`) gives it; `features` are the trunk's, where they were kept."""
+        """Tokens of an input as the dataset (or `stack`) gives it.
+
+        Args:
+            features: the trunk's, where they were kept. Then only the number of rows of `x` matters, unless the encoder
+                `reads_input`.
+        """
         weight = self.modality_embedding.weight
         tokens = self.tokens(self.features(x) if features is None else features.to(weight.dtype), x)
         return replace(tokens, x=tokens.x + learned(self.modality_embedding, len(x)))

@@ -57,6 +57,11 @@ class SharedEncoder(Encoder):
         owner: Encoder = self.__dict__["owner"]
         return owner
 
+    @property
+    def reads_input(self) -> bool:  # type: ignore[override]
+        """As the owner."""
+        return self.owner.reads_input
+
     def features(self, x: Tensor) -> Tensor:
         """What the owner's trunk makes of the input."""
         return self.owner.features(x)

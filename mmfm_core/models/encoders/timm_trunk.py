@@ -87,6 +87,8 @@ class TimmTrunk(EncoderConfig):
 class TrunkEncoder(Encoder):
     """A trunk's last map as a grid of tokens."""
 
+    reads_input = False
+
     def __init__(self, model: Model, config: TimmTrunk, inputs: tuple[str, ...]) -> None:
         image = cast(ImageModality, model.modalities[inputs[0]])
         super().__init__(model.dim, inputs, image.channels)

@@ -68,6 +68,8 @@ def check_patches(config: EncoderConfig, model: Model, name: str) -> None:
 class ImageEncoder(Encoder):
     """Patches of an image as tokens."""
 
+    reads_input = False
+
     def __init__(self, model: Model, config: VisionTransformer, inputs: tuple[str, ...]) -> None:
         image = cast(ImageModality, model.modalities[inputs[0]])
         super().__init__(model.dim, inputs, image.channels)

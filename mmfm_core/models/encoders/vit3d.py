@@ -63,6 +63,8 @@ class VolumeTransformer(EncoderConfig):
 class VolumeEncoder(Encoder):
     """Cubes of a volume as tokens."""
 
+    reads_input = False
+
     def __init__(self, model: Model, config: VolumeTransformer, inputs: tuple[str, ...]) -> None:
         super().__init__(model.dim, inputs)
         size = cast(VolumeModality, model.modalities[inputs[0]]).size
