@@ -125,9 +125,12 @@ def _key(studies: Sequence[Study], name: str, modality: PixelModality, fit: Tens
     digest.update(fit.numpy().tobytes())
     for study in studies:
         path = study.inputs.get(name)
-        for file in files_of(path) if isinstance(path, Path) else ():
-            with_what = file.stat() if file.exists() else None  # `_read` tells what is not there
-            facts = (with_what.st_size, with_what.st_mtime_ns) if with_what else ()
-            digest.update(f"{path} {file.name} {facts}".encode())
-        digest.update(b"|")
+        digest.update(f"{path} {_state_of(path) if isinstance(path, Path) else ''}|".encode())
     return digest.hexdigest()
+
+
+def _state_of(path: Path) -> list[tuple[str, int, int]]:
+    try:
+        return [(file.name, (state := file.stat()).st_size, state.st_mtime_ns) for file in files_of(path)]
+    except OSError:
+        return []  # reading it will tell what is wrong
