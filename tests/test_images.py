@@ -154,6 +154,16 @@ def test_a_full_disk_is_a_sentence_and_not_a_killed_process(
     mapped()
 
 
+def test_a_file_that_was_cut_off_is_told_from_a_whole_one(mapped: Callable[..., Dataset], tmp_path: Path):
+    mapped()
+    (path,) = kept(tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(MmfmError, match="is damaged; remove it"):
+        mapped()
+    path.unlink()
+    mapped()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -47,7 +47,8 @@ def decoded(
             it may be deleted at any time; a changed image, manifest or modality is decoded into a new one.
 
     Raises:
-        MmfmError: an image cannot be read, see `read_image` and `read_volume`; or the disk has no room for all.
+        MmfmError: an image cannot be read, see `read_image` and `read_volume`; the disk has no room for all; or
+            what lies in the cache is damaged.
     """
     channels = modality.channels if isinstance(modality, ImageModality) else 1
     shape = (len(studies), channels, *modality.size)
@@ -69,10 +70,18 @@ def decoded(
                     os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
                 _decode(site, studies, name, modality, fit, torch.from_numpy(array))
                 array.flush()
+    return _mapped(path)
+
+
+def _mapped(path: Path) -> Tensor:
+    try:
+        # Not copied on writing: the system would count all of it as this process' memory, which a site limits.
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise MmfmError("is damaged; remove it, and what was in it is decoded anew", str(path)) from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a tensor that cannot be written to, which it shall not
-        # Nor copied on writing: the system would count all of it as this process' memory, which a site limits.
-        return torch.from_numpy(np.load(path, mmap_mode="r"))
+        warnings.simplefilter("ignore")  # of a tensor that cannot be written to, which nobody does
+        return torch.from_numpy(array)
 
 
 def _decode(
