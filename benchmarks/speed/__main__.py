@@ -48,6 +48,12 @@ def many_rounds(data: Path) -> dict[str, float]:
     return seen | {"ratio": seen["last"] / seen["tenth"], "target": 1.05}
 
 
+def many_images(data: Path) -> dict[str, float]:
+    """Memory that a restarted site takes for its images where they lie in a file, against all of them in memory."""
+    seen = program("images.py", data / "images", 3000)
+    return seen | {"ratio": seen["found_mb"] / seen["memory_mb"], "target": 0.1}
+
+
 def command(words: list[str | Path], target: float) -> dict[str, float]:
     """CPU seconds of an `mmfm` command."""
     return {"ratio": startup.cpu_of([startup.MMFM, *words]), "target": target}
@@ -71,6 +77,7 @@ def questions(data: Path) -> dict[str, tuple[bool, Callable[[], Figures]]]:
         "aggregation, 50 replies of 100 MB": (True, lambda: program("aggregation.py")),
         "memory of 1,000 sites against 20": (False, lambda: many_sites(data)),
         "memory after 200 rounds against 20": (False, lambda: many_rounds(data)),
+        "memory of 3,000 images of 384 x 384, in a file against in memory": (False, lambda: many_images(data)),
         "mmfm --help, CPU seconds": (True, lambda: command(["--help"], 0.5)),
         "mmfm plan, CPU seconds": (True, lambda: command(["plan", demo], 3.0)),
     }
