@@ -50,7 +50,7 @@ def compare(
     for name, document in documents.items():
         _check(name, document, directory / "artifacts")
     console.print(
-        f"Comparing {len(asked)} methods, {seeds} seeds each, on {len(sites)} sites, in {escape(str(directory))}; "
+        f"Comparing {len(asked)} methods, {_seeds(seeds)} each, on {len(sites)} sites, in {escape(str(directory))}; "
         "runs that are finished are kept",
         **PLAIN,
     )
@@ -66,6 +66,10 @@ def compare(
         found = [e for head in federation.model.heads if (e := _evidence(directory, federation, head, asked, seeds))]
         costs = {name: _cost(directory, METHODS[name].run or name, seeds) for name in asked}
     _tell(directory, found, costs, federation.name, seeds, console)
+
+
+def _seeds(number: int) -> str:
+    return f"{number} seed{'s' * (number != 1)}"
 
 
 def _check(name: str, document: Federation, artifacts: Path) -> None:
@@ -134,7 +138,7 @@ def _cost(directory: Path, name: str, seeds: int) -> Cost:
 def _tell(
     directory: Path, found: Sequence[Evidence], costs: dict[str, Cost], name: str, seeds: int, console: Console
 ) -> None:
-    page = [f"# {name}: methods compared, {seeds} seeds\n"]
+    page = [f"# {name}: methods compared, {_seeds(seeds)}\n"]
     for each in found:
         console.print(verdict.terminal_table(each, costs))
         sentences = verdict.sentences(each)
