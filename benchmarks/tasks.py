@@ -186,9 +186,11 @@ def line_of(claim: Claim, runs: Sequence[Path]) -> str:
     named = f"at most {named}" if less < 0 else named
     passed = "reached" if less * value >= less * target else "**missed**"
     where = f"(worst site: {worst}) " if worst else ""
+    interval = f"[{low:.3f}, {high:.3f}]" if np.isfinite(low) else "(no interval)"
+    spread = f"{deviation:.3f}" if np.isfinite(deviation) else "–"
     return (
-        f"{prefix_of(claim)}{where}| {head.type} | {value:.3f} [{low:.3f}, {high:.3f}] "
-        f"| {deviation:.3f} | {len(runs)} | {named} | {passed} |"
+        f"{prefix_of(claim)}{where}| {head.type} | {value:.3f} {interval} "
+        f"| {spread} | {len(runs)} | {named} | {passed} |"
     )
 
 
