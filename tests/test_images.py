@@ -154,6 +154,12 @@ def test_a_full_disk_is_a_sentence_and_not_a_killed_process(
     mapped()
 
 
+def test_a_cache_that_cannot_be_written_is_a_sentence(mapped: Callable[..., Dataset], tmp_path: Path):
+    (tmp_path / "cache").write_text("no folder")
+    with pytest.raises(MmfmError, match=r"cache/images: cannot be written \(.*\); mend the permissions"):
+        mapped()
+
+
 def test_a_file_that_was_cut_off_is_told_from_a_whole_one(mapped: Callable[..., Dataset], tmp_path: Path):
     mapped()
     (path,) = kept(tmp_path)

@@ -11,7 +11,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,7 @@ def decoded(
         _decode(site, studies, name, modality, fit, images)
         return images
     path = cache / "images" / f"{_key(studies, name, modality, fit)}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name("lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # runs of one simulation share a cache
+    with _locked(path.parent):
         if not path.exists():
             log.info("decoding the images of '%s' into %s, %.1f GB", name, path, size / 1e9)
             with whole_file(path) as partial:
@@ -71,6 +70,21 @@ def decoded(
                 _decode(site, studies, name, modality, fit, torch.from_numpy(array))
                 array.flush()
     return _mapped(path)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a cache, which runs of one simulation share."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise MmfmError(
+            f"cannot be written ({error.strerror}); mend the permissions, then go on", str(folder)
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _mapped(path: Path) -> Tensor:
