@@ -124,7 +124,8 @@ def prepare(
 ) -> Run:
     """Create a run, with one directory per site that holds its file and the document it approved.
 
-    What frozen trunks make of the studies is kept in `features` where it is named, for all runs that share it.
+    What sites make of their studies once (images decoded, features of frozen trunks) is kept in `features` where it is
+    named, for all runs that share it.
     """
     from client import gates
 
@@ -141,7 +142,7 @@ def prepare(
         gates.approve(folder / "approved", federation)
         if artifacts_of(federation.model):
             _link(folder / "artifacts", directory / "artifacts")
-        if features and federation.parameters.frozen:
+        if features:
             _link(folder / "cache", features)
     run.update(status="prepared")
     return run
