@@ -200,7 +200,7 @@ class Agent:
             trained = self._trained(p, this.stage)
             with self._randomness(p, this), private.paid(this) if private else nullcontext():
                 mechanism = private.mechanism(self._patients(p, this.stage)) if private else None
-                learned = learn(p.model, p.dataset, this.stage, trained, list(shared), received, kept, mechanism)
+                learned = learn(p.model, p.dataset, this.stage, trained, shared, received, kept, mechanism)
                 leaving = gates.releasable(learned.after, [n for n in trained if n in shared])
                 controls = gates.releasable(learned.controls, learned.controls)
             loss = learned.loss

@@ -13,7 +13,16 @@ from flwr.clientapp import ClientApp
 
 from client import wire
 from mmfm_core.errors import MmfmError
-from mmfm_core.protocol import Describe, Refusal, RoundReply, RoundRequest, SiteDescription, from_records, to_records
+from mmfm_core.protocol import (
+    Describe,
+    Pack,
+    Refusal,
+    RoundReply,
+    RoundRequest,
+    SiteDescription,
+    from_records,
+    to_records,
+)
 
 Question = Describe | RoundRequest
 Answer = SiteDescription | RoundReply | Refusal
@@ -34,7 +43,7 @@ OPTIONS = [
 ]
 
 
-def relay(ask_of: Callable[[Context, float], Ask]) -> ClientApp:
+def relay(ask_of: Callable[[Context, float], Ask], pack: Pack = to_records) -> ClientApp:
     """A ClientApp that passes each message to the agent of its node, and waits no longer than the message lives."""
     app = ClientApp()
 
@@ -45,7 +54,7 @@ def relay(ask_of: Callable[[Context, float], Ask]) -> ClientApp:
             answer = ask_of(context, message.metadata.ttl)(question)
         except MmfmError as error:
             answer = Refusal(site="", reason=error.told)
-        return Message(to_records(answer), reply_to=message)
+        return Message(pack(answer), reply_to=message)
 
     app.query()(handle)
     app.train()(handle)

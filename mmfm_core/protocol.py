@@ -4,6 +4,7 @@ Two questions, three answers. Tensors travel as the content of one safetensors f
 JSON text that is validated on arrival; nothing here needs torch, so that a relay stays small.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import field, replace
 from typing import Any, TypeVar
 
@@ -126,6 +127,7 @@ class Refusal:
 MESSAGES = {kind.__name__: kind for kind in (Describe, SiteDescription, RoundRequest, RoundReply, Refusal)}
 ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in MESSAGES.items()}
 Message = Describe | SiteDescription | RoundRequest | RoundReply | Refusal
+Pack = Callable[[Message], RecordDict]
 Expected = TypeVar("Expected", bound=Message)
 
 
@@ -143,12 +145,29 @@ def to_records(message: Message) -> RecordDict:
     return records
 
 
+class Unpacked(RecordDict):
+    """A message to somebody in the same process, who takes it as it is. No records that came over a network are this.
+
+    Its tensors are the sender's own memory, and so nobody's to write to, as what is unpacked cannot be written to.
+    """
+
+    def __init__(self, message: Message) -> None:
+        super().__init__()
+        for tensor in message.tensors.values() if isinstance(message, RoundRequest | RoundReply) else ():
+            tensor.flags.writeable = False
+        self.message = message
+
+
 def from_records(records: RecordDict, *expected: type[Expected]) -> Expected:
     """Unpack a message, which must be of one of the `expected` kinds.
 
     Raises:
         MmfmError: the records are no such message; the text names the field, not its content.
     """
+    if isinstance(records, Unpacked):
+        if isinstance(records.message, expected):
+            return records.message
+        raise _unexpected(expected)
     try:
         name, text = str(records["message"]["type"]), str(records["message"]["json"])
         tensors = unpacked(records["tensors"][ARRAY].data) if "tensors" in records else {}
@@ -165,7 +184,7 @@ def parsed(name: str, text: str, tensors: Tensors, *expected: type[Expected]) ->
     """
     kind = MESSAGES.get(name)
     if kind not in expected:
-        raise MmfmError(f"expected {' or '.join(k.__name__ for k in expected)}, and another kind of message came")
+        raise _unexpected(expected)
     try:
         message: Expected = ADAPTERS[name].validate_json(text)
         return replace(message, tensors=tensors) if isinstance(message, RoundRequest | RoundReply) else message
@@ -173,3 +192,7 @@ def parsed(name: str, text: str, tensors: Tensors, *expected: type[Expected]) ->
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise MmfmError(f"the message {name} is malformed: {where}: {first['msg']}") from error
+
+
+def _unexpected(expected: Iterable[type]) -> MmfmError:
+    return MmfmError(f"expected {' or '.join(kind.__name__ for kind in expected)}, and another kind of message came")

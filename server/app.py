@@ -7,14 +7,15 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from mmfm_core.errors import MmfmError
+from mmfm_core.protocol import Pack, to_records
 from server.coordinator import coordinate
 from server.record import Run
 
 
-def serve(run_directory: Path) -> ServerApp:
+def serve(run_directory: Path, pack: Pack = to_records) -> ServerApp:
     """A ServerApp for one run directory."""
     serving = ServerApp()
-    serving.main()(lambda grid, _context: coordinate(grid, Run.open(run_directory)))
+    serving.main()(lambda grid, _context: coordinate(grid, Run.open(run_directory), pack))
     return serving
 
 

@@ -16,7 +16,7 @@ from mmfm_core.data.dataset import NO_ARTIFACTS
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import full_model
 from mmfm_core.models.parameters import blocks_of, check_patterns, fates_of, held
-from mmfm_core.protocol import RoundReply, RoundRequest, SiteDescription, to_records
+from mmfm_core.protocol import Pack, RoundReply, RoundRequest, SiteDescription, to_records
 from mmfm_core.storage import Tensors
 from server.attendance import Attendance, problem_of
 from server.exchange import Answer, ask
@@ -28,8 +28,11 @@ from server.strategy import Strategy
 ATTEMPTS = 3  # a round that came to nothing is asked again before the run gives up
 
 
-def coordinate(grid: Grid, run: Run) -> None:
+def coordinate(grid: Grid, run: Run, pack: Pack = to_records) -> None:
     """Run the run's federation from its last checkpoint to its end; every outcome is written to the run directory.
+
+    Args:
+        pack: makes the records of a round's questions.
 
     Raises:
         MmfmError: the run cannot go on; it can be resumed once the cause is gone.
@@ -37,7 +40,7 @@ def coordinate(grid: Grid, run: Run) -> None:
     with run.locked():
         try:
             with run.room_kept():
-                Coordinator(grid, run).work()
+                Coordinator(grid, run, pack).work()
         except MmfmError as error:
             run.update(status="failed", cause=str(error), finished=time.time())
             raise
@@ -46,8 +49,8 @@ def coordinate(grid: Grid, run: Run) -> None:
 class Coordinator:
     """One run at work."""
 
-    def __init__(self, grid: Grid, run: Run) -> None:
-        self.grid, self.run = grid, run
+    def __init__(self, grid: Grid, run: Run, pack: Pack = to_records) -> None:
+        self.grid, self.run, self.pack = grid, run, pack
         self.federation: Federation = run.federation
         self.document = sha256(self.federation)
         self.attendance = Attendance(grid, run, self.federation)
@@ -112,7 +115,7 @@ class Coordinator:
 
         @lru_cache(maxsize=1)  # sites that hold the same are sent the same; one question at a time is in memory
         def question(names: tuple[str, ...]) -> RecordDict:
-            return to_records(RoundRequest(self.document, this.number, {name: state[name] for name in names}))
+            return self.pack(RoundRequest(self.document, this.number, {name: state[name] for name in names}))
 
         usable = bytes_up = 0
         for answer in ask(

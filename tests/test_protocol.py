@@ -29,6 +29,7 @@ from mmfm_core.protocol import (
     RoundReply,
     RoundRequest,
     SiteDescription,
+    Unpacked,
     from_records,
     to_records,
 )
@@ -107,6 +108,25 @@ def test_a_message_arrives_as_it_was_sent(message: Message) -> None:
 def test_a_tensor_that_lies_in_memory_in_another_order_arrives_as_it_was_sent() -> None:
     request = RoundRequest("document", 3, {"fusion.w": np.arange(6.0).reshape(2, 3).T})
     assert_same(from_records(over_the_wire(to_records(request)), RoundRequest), request)
+
+
+@given(message=messages)
+@settings(deadline=None)
+def test_a_message_within_a_process_arrives_as_it_was_sent_and_cannot_be_written_to(message: Message) -> None:
+    """Sites of a simulation are handed one request, and the coordinator folds what a site holds."""
+    arrived = from_records(Unpacked(message), type(message))
+    assert arrived is message
+    for tensor in getattr(arrived, "tensors", {}).values():
+        with pytest.raises(ValueError, match="read-only"):
+            tensor[...] = 0
+
+
+@given(sent=messages, expected=st.sampled_from(sorted(MESSAGES)))
+@settings(deadline=None)
+def test_a_message_within_a_process_that_is_not_expected_is_not_taken(sent: Message, expected: str) -> None:
+    if not isinstance(sent, MESSAGES[expected]):
+        with pytest.raises(MmfmError, match="expected"):
+            from_records(Unpacked(sent), MESSAGES[expected])
 
 
 def objects_of(part: InflatableObject) -> int:

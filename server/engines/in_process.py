@@ -15,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.agent import Agent
 from client.relay import relay
 from client.simulated import site_directories
+from mmfm_core.protocol import Unpacked
 from server.app import serve
 from server.engines.crew import Crew, crew
 from server.engines.hospitals import Hospitals, shared_models
@@ -116,10 +117,12 @@ def simulate_with(run_directory: Path, agents: list[Agent]) -> None:
     run, hospitals = Run.open(run_directory), Hospitals(agents)
     hospitals.participate(run.facts["federation"])
     asks = [hospitals.ask(index) for index in range(len(hospitals))]
-    grid = InProcessGrid(relay(lambda context, _: asks[int(context.node_config["partition-id"])]), len(agents))
+    # What is packed, and how, is the business of messages that travel: other engines, and the tests, see to that.
+    app = relay(lambda context, _: asks[int(context.node_config["partition-id"])], Unpacked)
+    grid = InProcessGrid(app, len(agents))
     context = Context(run_id=grid.run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config={})
     workers = min(run.facts.get("workers", 1), len(agents))
     with ExitStack() as stack:
         if workers > 1:
             grid.crew = stack.enter_context(crew(grid.reply, workers))
-        serve(run_directory)(grid, context)
+        serve(run_directory, Unpacked)(grid, context)
