@@ -1,8 +1,11 @@
 """Images in a file: the same as in memory, decoded once, whole or absent, and no part of the process' memory."""
 
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,3 +210,39 @@ def test_mapped_images_are_no_memory_of_the_process(mapped: Callable[..., Datase
     (line,) = (each for each in Path("/proc/self/maps").read_text().splitlines() if str(kept(tmp_path)[0]) in each)
     assert line.split()[1].startswith("r-")
     assert film.shape == (STUDIES, 1, SIDE, SIDE)
+
+
+def in_memory(images: torch.Tensor, row: int) -> bool:
+    """Whether the system holds a whole row of a mapped file, mincore(2)."""
+    each = images.nbytes // len(images)
+    start = images.data_ptr() + row * each
+    page = start - start % mmap.PAGESIZE
+    resident = (ctypes.c_ubyte * -(-(start + each - page) // mmap.PAGESIZE))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(page), ctypes.c_size_t(start + each - page), resident) == 0
+    return all(flags & 1 for flags in resident)
+
+
+def test_the_next_batch_is_read_while_this_one_is_used(mapped: Callable[..., Dataset], tmp_path: Path):
+    mapped(size=[768, 768])
+    with kept(tmp_path)[0].open() as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    dataset = mapped(size=[768, 768])
+    film = dataset.everything.inputs["film"]
+    dataset.batch([0]).inputs["film"].sum()
+    if in_memory(film, 7):
+        pytest.skip("this file system keeps all it has in memory")
+    batch = dataset.batch([0], next_rows=[7])
+    assert not in_memory(film, 7)  # nobody may want these images at all: features may stand for them
+    assert torch.equal(batch.inputs["film"], film[:1])
+    given_up = time.monotonic() + 20
+    while not in_memory(film, 7) and time.monotonic() < given_up:
+        time.sleep(0.01)
+    assert in_memory(film, 7)
+
+
+def test_rows_of_what_is_in_memory_are_no_matter(site: Site):
+    """Advice about memory of another kind is none."""
+    dataset = load_dataset(site, model())
+    assert torch.equal(
+        dataset.batch([1, 2], next_rows=[8]).inputs["film"], dataset.everything.inputs["film"][torch.tensor([1, 2])]
+    )

@@ -24,7 +24,7 @@ from mmfm_core.config.modality import (
 from mmfm_core.config.model import Model
 from mmfm_core.config.part import Repaired
 from mmfm_core.config.site import SPLITS, Site, Split
-from mmfm_core.data.images import decoded
+from mmfm_core.data.images import decoded, foresee
 from mmfm_core.data.manifest import Study, read_manifest
 from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import Note
@@ -78,10 +78,20 @@ class Batch:
     def __len__(self) -> int:
         return len(next(iter(self.present.values())))
 
-    def rows(self, rows: Sequence[int]) -> "Batch":
-        """The studies `rows`, in that order."""
+    def rows(self, rows: Sequence[int], next_rows: Sequence[int] = ()) -> "Batch":
+        """The studies `rows`, in that order.
+
+        Args:
+            next_rows: those that will be asked for next; the system begins to read what of them lies in a file.
+        """
         index = torch.as_tensor(rows, dtype=torch.long)
-        return self._of_each(lambda tensor: tensor[index])
+
+        def gathered(tensor: Tensor) -> Tensor:
+            these = tensor[index]
+            foresee(tensor, next_rows)
+            return these
+
+        return self._of_each(gathered)
 
     def to(self, device: torch.device) -> "Batch":
         """The same studies on a device."""
@@ -116,9 +126,9 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.studies)
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The studies `rows`, in that order."""
-        return self.everything.rows(rows)
+    def batch(self, rows: Sequence[int], next_rows: Sequence[int] = ()) -> Batch:
+        """The studies `rows`, in that order; see `Batch.rows`."""
+        return self.everything.rows(rows, next_rows)
 
     def rows(self, split: Split, tasks: Sequence[str]) -> list[int]:
         """The studies of a split that can serve at least one of `tasks`."""

@@ -1,13 +1,16 @@
 """A modality's images or volumes, decoded once: in memory, or in a file of the site's cache where they are many.
 
 A hospital has more films than memory. What is in the file is mapped, not read: the system reads the rows of a batch
-when they are asked for, keeps them as long as it has room, and a restarted agent decodes nothing.
+when they are asked for, or while the batch before is computed with, keeps them as long as it has room, and a restarted
+agent decodes nothing.
 """
 
+import ctypes
 import fcntl
 import hashlib
 import logging
 import math
+import mmap
 import os
 import time
 import warnings
@@ -31,6 +34,7 @@ IN_MEMORY = 2**29
 """Bytes of one modality at a site; beyond them its images lie in a file."""
 
 PATIENCE = 2.0  # seconds without a word
+LIBC = ctypes.CDLL(None)
 FORM = "1"
 """Of what is in a file: another one where decoding changes."""
 
@@ -96,6 +100,20 @@ def _mapped(path: Path) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a tensor that cannot be written to, which nobody does
         return torch.from_numpy(array)
+
+
+def foresee(images: Tensor, rows: Sequence[int]) -> None:
+    """Have the system read rows of images that lie in a file, beside whatever is done until they are asked for.
+
+    By madvise(2), which Python has for maps that it made itself alone. Where it finds nothing to read it does nothing.
+    """
+    if images.nbytes <= IN_MEMORY:
+        return
+    each = images.nbytes // len(images)
+    for row in rows:
+        start = images.data_ptr() + row * each
+        page = start - start % mmap.PAGESIZE
+        LIBC.madvise(ctypes.c_void_p(page), ctypes.c_size_t(start + each - page), mmap.MADV_WILLNEED)
 
 
 def _decode(

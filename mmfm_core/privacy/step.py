@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +67,14 @@ def noisy_gradients(
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     device = next(iter(parameters.values())).device
     loss, dropped = 0.0, 0
-    for group in groups(sampled, max(at_once // mechanism.views, 1)):
-        rows = [row for rows in group for row in rows for _ in range(mechanism.views)]
+    together = list(groups(sampled, max(at_once // mechanism.views, 1)))
+    for group, next_group in zip_longest(together, together[1:], fillvalue=()):
+        batch = dataset.batch(
+            [row for rows in group for row in rows for _ in range(mechanism.views)],
+            next_rows=[row for rows in next_group for row in rows],
+        )
         owner = [index for index, rows in enumerate(group) for _ in range(len(rows) * mechanism.views)]
-        asked = (model, losses, dataset.batch(rows), torch.tensor(owner, device=device), parameters, mechanism.max_norm)
+        asked = (model, losses, batch, torch.tensor(owner, device=device), parameters, mechanism.max_norm)
         try:
             clipped = ENGINES[engine](*asked)
         except MmfmError:

@@ -102,13 +102,13 @@ def train(
 def _plain_gradients(
     losses: Callable[[Batch], Tensor],
     dataset: Dataset,
-    batches: Iterator[list[int]],
+    batches: Iterator[tuple[list[int], list[int]]],
     parameters: Mapping[str, nn.Parameter],
 ) -> Tensor:
     """Set `.grad` to that of the mean loss over the next batch, and return that loss."""
     for parameter in parameters.values():
         parameter.grad = None
-    loss = losses(dataset.batch(next(batches))).mean()
+    loss = losses(dataset.batch(*next(batches))).mean()
     loss.backward()
     return loss.detach()
 
@@ -133,12 +133,15 @@ def optimizer_of(stage: Stage, parameters: Sequence[nn.Parameter]) -> torch.opti
     return kind(parameters, lr=stage.optimizer.lr, weight_decay=stage.optimizer.weight_decay, fused=True)
 
 
-def shuffled_batches(rows: Sequence[int], size: int, steps: int) -> Iterator[list[int]]:
-    """`steps` batches without repetition inside a pass over `rows`; the remainder of a pass is dropped."""
+def shuffled_batches(rows: Sequence[int], size: int, steps: int) -> Iterator[tuple[list[int], list[int]]]:
+    """`steps` batches without repetition inside a pass over `rows`; the remainder of a pass is dropped.
+
+    Beside each the one after it, which is empty at the end of a pass: the next one's order is not drawn yet.
+    """
     size = min(size, len(rows))
     order: list[int] = []
     for _ in range(steps):
         if len(order) < size:
             order = [rows[i] for i in torch.randperm(len(rows)).tolist()]
         batch, order = order[:size], order[size:]
-        yield batch
+        yield batch, order[:size] if len(order) >= size else []
