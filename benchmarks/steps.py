@@ -42,9 +42,10 @@ HEADER = """# What a training step is made of
 
 `OMP_NUM_THREADS=1 python benchmarks/steps.py`: CPU time of one step at the first site of every example, and its parts:
 forward and backward are the model's, a batch is gathered from what was decoded before; the rest is everything else.
+The last column is the same step with `precision: bfloat16`, in times that of float32, on a processor with {processor}.
 
-| federation | stage | ms a step | forward | backward | optimiser | batch | rest |
-|---|---|---|---|---|---|---|---|"""
+| federation | stage | ms a step | forward | backward | optimiser | batch | rest | bfloat16 |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 @contextmanager
@@ -94,16 +95,27 @@ def measured(name: str, cache: Path) -> list[str]:
 
 def line_of(name: str, model: MultimodalModel, dataset: Dataset, stage: Stage, trained: list[str]) -> str:
     """One line of the table."""
-    spent: dict[str, float] = defaultdict(float)
-    for _ in range(2):  # the first time warms up
-        spent.clear()
-        with seeded(0, "steps"), timed(spent):
-            begun = time.process_time()
-            train(model, dataset, stage, trained)
-            total = time.process_time() - begun
+    totals: dict[torch.dtype, float] = {}
+    for precision in (torch.bfloat16, torch.float32):
+        model.precision = precision
+        spent: dict[str, float] = defaultdict(float)
+        for _ in range(2):  # the first time warms up
+            spent.clear()
+            with seeded(0, "steps"), timed(spent):
+                begun = time.process_time()
+                train(model, dataset, stage, trained)
+                totals[precision] = time.process_time() - begun
+    total = totals[torch.float32]
     rest = total - sum(spent.values())
     shares = " | ".join(f"{seconds / total:.1%}" for seconds in (*(spent[part] for part in PARTS), rest))
-    return f"| {name} | {stage.name} | {1e3 * total / stage.local_steps:.1f} | {shares} |"
+    faster = f"{totals[torch.bfloat16] / total:.2f}"
+    return f"| {name} | {stage.name} | {1e3 * total / stage.local_steps:.1f} | {shares} | {faster} |"
+
+
+def processor() -> str:
+    """The extensions that matter, as the system names them."""
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    return ", ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags)
 
 
 def main() -> None:
@@ -122,7 +134,7 @@ def main() -> None:
                 except MmfmError as error:
                     print(f"{name} is left out: {error}", flush=True)
     if not arguments.only:
-        RESULTS.write_text("\n".join([HEADER, *lines]) + "\n")
+        RESULTS.write_text("\n".join([HEADER.format(processor=processor()), *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from mmfm_core.config import Federation, load_site
 from mmfm_core.config.federation import Fate, Stage
 from mmfm_core.config.model import Model
 from mmfm_core.config.rounds import Round, rounds_of
-from mmfm_core.config.site import Budget, Device, Release, Split
+from mmfm_core.config.site import Budget, Device, Precision, Release, Split
 from mmfm_core.data.dataset import Dataset, load_dataset
 from mmfm_core.data.description import describe
 from mmfm_core.data.features import with_features
@@ -82,10 +82,12 @@ class Agent:
         build: Build = MultimodalModel,
         durable: bool = True,
         device: Device = "cpu",
+        precision: Precision = "float32",
     ) -> None:
         self.directory, self.name, self._release, self._read, self._build = directory, name, release, read, build
         self._budget, self._ledger = budget or Budget(), Ledger(ledger or directory / LEDGER)
-        self.egress, self._durable, self._device = EgressLog(directory / EGRESS, durable), durable, device
+        self.egress, self._durable = EgressLog(directory / EGRESS, durable), durable
+        self._device, self._precision = device, precision
         self._participations: dict[str, Participation] = {}
 
     @classmethod
@@ -93,7 +95,18 @@ class Agent:
         """The agent of a site's directory."""
         site = load_site(directory / "site.yaml")
         read = partial(load_dataset, site, artifacts=directory / "artifacts", cache=directory / "cache")
-        return cls(directory, site.name, site.release, read, site.budget, site.ledger, build, durable, site.device)
+        return cls(
+            directory,
+            site.name,
+            site.release,
+            read,
+            site.budget,
+            site.ledger,
+            build,
+            durable,
+            site.device,
+            site.precision,
+        )
 
     def answer(self, question: Describe | RoundRequest) -> SiteDescription | RoundReply | Refusal:
         """Answer, or refuse with a reason; never raise. The egress log has the answer before it is returned."""
@@ -145,6 +158,7 @@ class Agent:
             artifacts = self.directory / "artifacts"
             built = self._build(federation.model, here.inputs, here.targets, federation.seed, artifacts)
             model = placed(built, self._device)
+            model.precision = getattr(torch, self._precision)
             fates = fates_of(federation, initial(model))
             self._participations[document] = Participation(
                 federation,

@@ -78,10 +78,10 @@ def test_a_device_that_is_not_there_is_refused_with_what_to_do(tmp_path):
     assert "device: cpu" in answer.reason
 
 
-def test_sites_of_a_simulation_cannot_be_on_several_devices(tmp_path):
+@pytest.mark.parametrize(("field", "other"), [("device", "cuda"), ("precision", "bfloat16")])
+def test_sites_of_a_simulation_share_one_model_and_how_it_computes(tmp_path, field, other):
     path = tmp_path / "sites.yaml"
-    path.write_text(
-        "defaults: {manifest: m.csv, modalities: {scan: scan}}\nsites:\n  north: {device: cuda}\n  south: {}\n"
-    )
-    with pytest.raises(MmfmError, match=r"sites\.yaml: the sites of a simulation compute on one device"):
+    sites = f"north: {{{field}: {other}}}\n  south: {{}}"
+    path.write_text(f"defaults: {{manifest: m.csv, modalities: {{scan: scan}}}}\nsites:\n  {sites}\n")
+    with pytest.raises(MmfmError, match=rf"sites\.yaml: the sites of a simulation compute with one {field}"):
         load_sites(path)

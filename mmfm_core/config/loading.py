@@ -55,10 +55,11 @@ def load_sites(path: Path) -> dict[str, Site]:
             raise MmfmError(f"{path}: {where}: must be a mapping of keys of a site ({{}} for the defaults alone)")
         merged = _merge(defaults, entry or {}) | {"name": name}
         sites[str(name)] = _validate(Site, merged, path, where=where, context={"folder": path.parent})
-    if len({site.device for site in sites.values()}) > 1:
-        raise MmfmError(
-            f"{path}: the sites of a simulation compute on one device; write 'device' once, under 'defaults'"
-        )
+    for field in ("device", "precision"):  # they share one model
+        if len({getattr(site, field) for site in sites.values()}) > 1:
+            raise MmfmError(
+                f"{path}: the sites of a simulation compute with one {field}; write '{field}' once, under 'defaults'"
+            )
     return sites
 
 

@@ -20,6 +20,7 @@ from mmfm_core.config.strict import Cell, Name, Strict
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Device = Literal["cpu", "cuda"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class Column(Strict):
@@ -158,6 +159,8 @@ class Site(Strict):
             the same patients name one ledger.
         limits: what a request may take of the machine; nothing is limited by default.
         device: where models compute: the processor, or the first CUDA device that the agent sees.
+        precision: what a training step without privacy multiplies matrices and convolves in. Parameters, gradients,
+            private steps and all figures are float32. 'bfloat16' is for processors and cards that have it: measure it.
         missing: cells that mean 'missing', in addition to `mmfm_core.config.strict.MISSING_CELLS`.
     """
 
@@ -177,6 +180,7 @@ class Site(Strict):
     ledger: Path | None = None
     limits: Limits = Limits()
     device: Device = "cpu"
+    precision: Precision = "float32"
     missing: tuple[Cell, ...] = ()
     missing_files: Literal["error", "absent"] = "error"
 

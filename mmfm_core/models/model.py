@@ -27,9 +27,11 @@ class MultimodalModel(nn.Module):
 
     Attributes:
         inputs_of: encoder -> the modalities that it reads here. An encoder that is only lent to others has none.
+        precision: what plain training steps compute in, where torch's autocast finds it harmless.
     """
 
     fusion: Fusion
+    precision: torch.dtype = torch.float32
 
     def __init__(
         self,

@@ -80,7 +80,7 @@ def train(
         )
     else:
         batches = shuffled_batches(rows, stage.batch_size, stage.local_steps)
-        gradients = partial(_plain_gradients, losses, dataset, batches)
+        gradients = partial(_plain_gradients, model, losses, dataset, batches)
     total = torch.zeros((), device=model.device)
     for names, steps in phases:
         trained = {name: parameter for name, parameter in parameters.items() if name in names}
@@ -100,6 +100,7 @@ def train(
 
 
 def _plain_gradients(
+    model: MultimodalModel,
     losses: Callable[[Batch], Tensor],
     dataset: Dataset,
     batches: Iterator[tuple[list[int], list[int]]],
@@ -108,7 +109,8 @@ def _plain_gradients(
     """Set `.grad` to that of the mean loss over the next batch, and return that loss."""
     for parameter in parameters.values():
         parameter.grad = None
-    loss = losses(dataset.batch(*next(batches))).mean()
+    with torch.autocast(model.device.type, model.precision, enabled=model.precision != torch.float32):
+        loss = losses(dataset.batch(*next(batches))).float().mean()
     loss.backward()
     return loss.detach()
 

@@ -30,6 +30,7 @@ def simulate(run_directory: Path) -> None:
     """
     run = Run.open(run_directory)
     folders = site_directories(run_directory / "sites")
+    first = load_site(folders[0] / "site.yaml")
     gates.approve(run_directory / "pooled" / "approved", run.federation)
     for shared in ("artifacts", "cache"):  # the sites link to one place already
         link = run_directory / "pooled" / shared
@@ -44,7 +45,8 @@ def simulate(run_directory: Path) -> None:
                 EXACT,
                 partial(_read_all, folders, run_directory / "artifacts"),
                 durable=False,
-                device=load_site(folders[0] / "site.yaml").device,  # the sites of a simulation share it
+                device=first.device,  # the sites of a simulation share these
+                precision=first.precision,
             )
         ],
     )

@@ -109,7 +109,8 @@ class MaskedAutoencoder(Objective):
         seen = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[-1]))
         states = self.narrow(trunk.transform(seen)[:, 0])
         index = visible[..., None].expand_as(states)
-        full = learned(self.hidden, len(patches)).expand(-1, patches.shape[1], -1).scatter(1, index, states)
+        hidden = learned(self.hidden, len(patches)).expand(-1, patches.shape[1], -1)
+        full = hidden.scatter(1, index, states.to(hidden.dtype))
         drawn: Tensor = self.draw(self.norm(self.blocks(full + learned(self.position, len(patches)))))
         return drawn
 
