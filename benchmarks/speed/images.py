@@ -3,11 +3,15 @@
     python benchmarks/speed/images.py FOLDER STUDIES
 
 Prints a JSON object: GB of images, and of each way the seconds to read them and the MB by which the process grew (its
-own pages, Linux's RssAnon; those of a mapped file go when another needs the room).
+own pages, Linux's RssAnon; those of a mapped file go when another needs the room). Then the milliseconds that a batch
+out of a file that the system holds nothing of is waited for, beside a step of computing: `cold`, and `foreseen` where
+the one before told of it.
 """
 
 import json
 import multiprocessing
+import os
+import statistics
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -71,6 +75,24 @@ def read(line: Connection, site: Site, cache: Path | None) -> None:
     line.send((seconds, own_pages() - before))
 
 
+def waited(site: Site, cache: Path, ahead: bool) -> float:
+    """Milliseconds, the mean of batches of 16 in a random order, each followed by a step of about 40 ms."""
+    (file,) = (cache / "images").glob("*.npy")
+    with file.open() as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    dataset = load_dataset(site, Model.model_validate(MODEL), cache=cache)
+    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
+    matrix, waits = torch.rand(700, 700), []
+    for start in range(0, len(order) - 16, 16):
+        begun = time.monotonic()
+        dataset.batch(order[start : start + 16], order[start + 16 : start + 32] if ahead else ()).inputs["film"]
+        waits.append(time.monotonic() - begun)
+        for _ in range(4):
+            matrix @ matrix
+    return 1e3 * statistics.mean(waits)
+
+
 def main(folder: str, studies: str) -> None:
     """A process of its own."""
     site = write(Path(folder), int(studies))
@@ -83,6 +105,9 @@ def main(folder: str, studies: str) -> None:
         child.start()
         figures[f"{way}_seconds"], figures[f"{way}_mb"] = ours.recv()
         child.join()
+    torch.set_num_threads(1)
+    for name, ahead in (("cold_ms", False), ("foreseen_ms", True)):
+        figures[name] = waited(site, Path(folder) / "cache", ahead)
     print(json.dumps(figures))
 
 
