@@ -56,6 +56,10 @@ def test_frozen_comes_before_local_before_shared(shared: list[str], local: list[
             {"parameters": {"shared": ["encoders.*"]}},
             "parameters: 'fusion.a' matches no pattern, so it has no fate; add it to shared, local or frozen",
         ),
+        (
+            {"privacy": {"epsilon": 8, "delta": 1e-5, "rate": 1, "shrink": ["heads.diseases.*"]}},
+            "privacy.shrink: the pattern 'heads.diseases.*' matches no parameter; did you mean 'heads.disease.*'?",
+        ),
     ],
 )
 def test_a_pattern_that_does_nothing_is_an_error(changes: dict[str, Any], said: str) -> None:
