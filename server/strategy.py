@@ -150,7 +150,7 @@ class Strategy:
             if START + name in self.memory:
                 start = self.memory.pop(START + name)
                 ended = start + shrunk(ended - start)
-            self.shared[name] = ended.astype(tensor.dtype)
+            self.shared[name] = ended.astype(tensor.dtype, copy=False)
         self.memory.pop(MEAN, None)
 
     def void(self) -> None:
