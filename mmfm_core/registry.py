@@ -16,6 +16,7 @@ FUSIONS = {
     "channels": "mmfm_core.models.fusion.channels:Channels",
     "joint": "mmfm_core.models.fusion.joint:Joint",
     "concat": "mmfm_core.models.fusion.concat:Concat",
+    "sum": "mmfm_core.models.fusion.sum:Sum",
     "gated": "mmfm_core.models.fusion.gated:Gated",
     "cross_attention": "mmfm_core.models.fusion.cross_attention:AnchoredAttention",
     "bottleneck": "mmfm_core.models.fusion.bottleneck:Bottleneck",
@@ -34,5 +35,6 @@ HEADS = {
 OBJECTIVES = {
     "masked_image": "mmfm_core.models.objectives.masked_image:MaskedImage",
     "masked_text": "mmfm_core.models.objectives.masked_text:MaskedText",
+    "centre": "mmfm_core.models.objectives.centre:Centre",
     "matching": "mmfm_core.models.objectives.matching:Matching",
 }

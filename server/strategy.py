@@ -20,9 +20,13 @@ from mmfm_core.protocol import RoundReply, SiteDescription
 from mmfm_core.storage import Tensors, finite
 from server.aggregation import BlockwiseMean
 from server.optimizer import ServerOptimizer
+from server.shrinking import shrunk
 
 MEAN = "mean/"
 """Before a shared parameter's name in what the strategy remembers; alone, for the mean of ones."""
+
+START = "start/"
+"""Before the name of a matrix that is to be shrunk: as it was before all training."""
 
 
 class Strategy:
@@ -30,7 +34,8 @@ class Strategy:
 
     Attributes:
         memory: what it knows beside the shared state, and a resumed run goes on with: the moments of an optimiser,
-            SCAFFOLD's control variates (`CONTROL` + name), and the running mean of the shared state (`MEAN` + name).
+            SCAFFOLD's control variates (`CONTROL` + name), the running mean of the shared state (`MEAN` + name), and
+            where matrices that are to be shrunk began (`START` + name).
     """
 
     def __init__(self, federation: Federation, shared: Tensors, memory: Tensors | None = None) -> None:
@@ -106,6 +111,8 @@ class Strategy:
     def advance(self, sites: Iterable[SiteDescription]) -> None:
         """End the round: the shared state moves to, or towards, the folded mean. `sites` are all that are known."""
         trained = bool(self._mean.names())
+        if trained:
+            self._remember_start()
         self._mean.apply_to(self.shared, self._optimizer.step)
         controls = {name.removeprefix(CONTROL): t for name, t in self.memory.items() if name.startswith(CONTROL)}
         studies = {site.site: site.studies["train"] for site in sites}
@@ -124,13 +131,27 @@ class Strategy:
             before = self.memory.get(MEAN + name, np.zeros(tensor.shape))
             self.memory[MEAN + name] = decay * before + (1 - decay) * tensor
 
-    def conclude(self) -> None:
-        """End all training: the shared state becomes its running mean, where the document asks for one.
+    def _remember_start(self) -> None:
+        patterns = self.federation.privacy.shrink if self.federation.privacy else ()
+        for name, tensor in self.shared.items():
+            if tensor.ndim == 2 and matches(name, patterns):
+                self.memory.setdefault(START + name, tensor)
 
-        The mean began at zero, for which it is corrected as Adam's is (Kingma & Ba 2015, section 3).
+    def conclude(self) -> None:
+        """End all training: the shared state becomes its running mean, and noise is shrunk, where the document says so.
+
+        The mean began at zero, for which it is corrected as Adam's is (Kingma & Ba 2015, section 3). What that needs is
+        forgotten, so that to conclude twice is to conclude once.
         """
-        for name, tensor in self.shared.items() if MEAN in self.memory else ():
-            self.shared[name] = (self.memory[MEAN + name] / self.memory[MEAN]).astype(tensor.dtype)
+        for name, tensor in self.shared.items():
+            ended = tensor
+            if MEAN in self.memory:
+                ended = self.memory.pop(MEAN + name) / self.memory[MEAN]
+            if START + name in self.memory:
+                start = self.memory.pop(START + name)
+                ended = start + shrunk(ended - start)
+            self.shared[name] = ended.astype(tensor.dtype, copy=False)
+        self.memory.pop(MEAN, None)
 
     def void(self) -> None:
         """End the round without a result: the shared state stays."""

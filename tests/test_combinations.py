@@ -34,12 +34,14 @@ class Example:
         labelled: random targets in the form of those that `unlabelled` gives, [B, ...].
         needs: the encoders without which the document is refused.
         pair: whether it takes both images together, stacked and in every study.
+        fusion: the only one it goes with, whatever is asked for; empty where it goes with any.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     labelled: Callable[[Tensor], Tensor] = lambda unlabelled: unlabelled
     needs: tuple[str, ...] = ()
     pair: bool = False
+    fusion: str = ""
 
 
 def some_findings(unlabelled: Tensor) -> Tensor:
@@ -70,6 +72,7 @@ EXAMPLES = {
     "masked_image": Example({"encoders": ["front"], "mask_ratio": 0.5, "decoder_dim": 12}, needs=("front",)),
     "masked_text": Example({"encoders": ["note"]}, needs=("note",)),
     "matching": Example({"encoders": ["front", "note"]}, needs=("front", "note")),
+    "centre": Example(fusion="sum"),
 }
 FUSION_OPTIONS: dict[str, dict[str, Any]] = {"cross_attention": {"anchor": "front"}, "bottleneck": {"latents": 4}}
 
@@ -79,6 +82,7 @@ def document(task: str, fusion: str) -> dict[str, Any]:
     if task not in EXAMPLES:
         pytest.fail(f"'{task}' is in the registry and has no example here; add one to EXAMPLES")
     example = EXAMPLES[task]
+    fusion = example.fusion or fusion
     image = {"type": "vit", "patch_size": 4, "depth": 1}
     form = {"kind": "image2d", "size": [SIDE, SIDE], "optional": not example.pair}
     modalities: dict[str, Any] = dict.fromkeys(IMAGES, form)

@@ -105,6 +105,13 @@ def test_findings_are_named_once_each(findings, sentence):
         federation(findings)
 
 
+def test_a_prior_is_what_the_untrained_head_gives_every_study_and_finding():
+    document = federation().model_dump(mode="json")
+    document["model"]["heads"]["signs"]["prior"] = 0.1
+    model = full_model(Federation.model_validate(document).model, seed=0).eval()
+    assert model(some_absent(), ["signs"])["signs"].sigmoid().detach().numpy() == pytest.approx(0.1)
+
+
 def test_the_loss_is_the_mean_over_a_studys_own_labels():
     model = full_model(federation().model, seed=0).eval()
     batch = labelled(random_batch())

@@ -20,6 +20,7 @@ FUSIONS: tuple[dict[str, object], ...] = (
     {"type": "joint", "depth": 1},
     {"type": "cross_attention", "anchor": "note", "depth": 2},
     {"type": "bottleneck", "latents": 3, "depth": 2},
+    {"type": "sum"},
 )
 STUDIES = 6
 MODALITIES = ("scan", "note", "labs")

@@ -20,7 +20,9 @@ from mmfm_core.text import open_tokenizer
 TEXTS = ["the heart is large", "a", "no effusion", "clear lungs"]
 
 
-def model_of(objective: dict[str, Any], encoder: dict[str, Any] | None = None, **modalities: Any) -> Model:
+def model_of(
+    objective: dict[str, Any], encoder: dict[str, Any] | None = None, fusion: str = "gated", **modalities: Any
+) -> Model:
     modalities = modalities or {
         "scan": {"kind": "image2d", "size": [16, 24], "optional": True},
         "note": {"kind": "text", "max_length": 24, "optional": True},
@@ -36,7 +38,7 @@ def model_of(objective: dict[str, Any], encoder: dict[str, Any] | None = None, *
             "encoders": {
                 name: config for name, config in encoders.items() if name in modalities or "channels" in config
             },
-            "fusion": {"type": "gated", "modality_dropout": 0.3},
+            "fusion": {"type": fusion, "modality_dropout": 0.3},
             "objectives": {"task": objective},
         }
     )
@@ -45,6 +47,7 @@ def model_of(objective: dict[str, Any], encoder: dict[str, Any] | None = None, *
 MASKED_IMAGE = {"type": "masked_image", "encoders": ["scan"], "decoder_dim": 24}
 MASKED_TEXT = {"type": "masked_text", "encoders": ["note"]}
 MATCHING = {"type": "matching", "encoders": ["scan", "note"]}
+CENTRE = {"type": "centre"}
 CONTRASTS = {name: {"kind": "image2d", "size": [16, 24], "optional": True} for name in ("t1", "t2")}
 
 
@@ -314,3 +317,46 @@ def test_a_site_with_one_of_the_two_has_nothing_to_match():
         {"scan": batch.inputs["scan"]}, {"scan": batch.present["scan"]}, {}, {"task": torch.zeros(4, dtype=torch.bool)}
     )
     assert model.losses(images, ["task"])["task"].tolist() == [0, 0, 0, 0]
+
+
+# Centres
+
+
+def test_a_step_of_sgd_at_rate_one_moves_each_centre_to_the_mean_of_the_studies_that_have_the_modality():
+    config = model_of(CENTRE, fusion="sum")
+    here = [True, False, True, True]
+    model, batch = full_model(config, seed=0).eval(), batch_of(config, scan=here)
+    centre = model.fusion.centre.weight
+    assert not centre.any()
+    encoding = Encoding(model, batch)
+    scan, note = (encoding.parts[name].mean() for name in ("scan", "note"))
+    losses = model.losses(batch, ["task"])["task"]
+    torch.testing.assert_close(losses[1], note[1].square().sum() / 2)
+    torch.testing.assert_close(losses[0], (scan[0].square().sum() + note[0].square().sum()) / 2)
+    (gradient,) = torch.autograd.grad(losses.sum(), [centre])
+    torch.testing.assert_close(-gradient[0] / 3, scan[here].mean(0))
+    torch.testing.assert_close(-gradient[1] / 4, note.mean(0))
+
+
+def test_a_sum_of_centred_vectors_is_zero_on_average_and_lacks_nothing_where_a_modality_is_absent():
+    config = model_of(CENTRE, fusion="sum")
+    model, batch = full_model(config, seed=0).eval(), batch_of(config, scan=[True, False, True, True])
+    encoding = Encoding(model, batch)
+    scan, note = (encoding.parts[name].mean().detach() for name in ("scan", "note"))
+    with torch.no_grad():
+        model.fusion.centre.weight.copy_(torch.stack([scan[[0, 2, 3]].mean(0), note.mean(0)]))
+    pooled = encoding.fused().pooled
+    torch.testing.assert_close(pooled[1], note[1] - note.mean(0))
+    torch.testing.assert_close(pooled.mean(0), torch.zeros(24), rtol=0, atol=1e-6)
+
+
+def test_every_studys_gradient_of_a_centre_is_its_own():
+    config = model_of(CENTRE, fusion="sum")
+    model, batch = full_model(config, seed=0), batch_of(config, scan=[True, False, True, True])
+    assert config.objectives["task"].PER_SAMPLE
+    assert_gradients_separate(model, lambda rows: model.losses(batch.rows(rows), ["task"])["task"], len(batch))
+
+
+def test_centres_without_a_fusion_that_has_some_are_refused():
+    with pytest.raises(ValueError, match="'centre' is for the fusion 'sum', and the document's is 'gated'"):
+        model_of(CENTRE)

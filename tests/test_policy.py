@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny import tiny_federation
 
 from mmfm_core.config.federation import Parameters
+from mmfm_core.config.privacy import Privacy
 from mmfm_core.config.rounds import rounds_of
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.parameters import check_patterns, fates_of
@@ -72,6 +73,14 @@ def test_a_stages_patterns_are_checked_too() -> None:
     ):
         check_patterns(tiny_federation(stages=stages), NAMES)
     assert Parameters().shared == ("*",), "by default everything is shared"
+
+
+def test_patterns_of_what_is_shrunk_are_checked_too() -> None:
+    privacy = Privacy(epsilon=8, delta=1e-5, rate=1, shrink=("heads.diseases.*",))
+    with pytest.raises(
+        MmfmError, match=r"privacy\.shrink: the pattern 'heads\.diseases\.\*' matches no parameter; did"
+    ):
+        check_patterns(tiny_federation().model_copy(update={"privacy": privacy}), NAMES)
 
 
 @pytest.mark.parametrize(

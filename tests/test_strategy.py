@@ -8,10 +8,14 @@ import pandas as pd
 import pytest
 from tiny import tiny_federation
 
+from mmfm_core.config.privacy import Privacy
 from mmfm_core.config.rounds import Round, rounds_of
 from mmfm_core.errors import MmfmError
+from mmfm_core.models.parameters import matches
 from mmfm_core.protocol import RoundReply, SiteDescription
+from mmfm_core.storage import Tensors
 from server.coordinator import initial_state
+from server.shrinking import shrunk
 from server.strategy import Strategy
 
 FEDERATION = tiny_federation()
@@ -151,6 +155,55 @@ def test_the_running_mean_of_rounds_is_pandas_and_stands_at_the_end():
     for name, tensor in strategy.shared.items():
         assert tensor.dtype == np.float32
         assert np.allclose(tensor, reference), name
+
+
+SHRUNK = "encoders.*.weight"
+
+
+def shrinking(ema: float, memory: Tensors | None = None, shared: Tensors | None = None) -> Strategy:
+    privacy = Privacy(epsilon=8, delta=1e-5, rate=1, shrink=(SHRUNK,))
+    aggregation = FEDERATION.aggregation.model_copy(update={"ema": ema})
+    federation = FEDERATION.model_copy(update={"privacy": privacy, "aggregation": aggregation})
+    return Strategy(federation, initial_state(FEDERATION) if shared is None else shared, memory)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_what_matrices_learned_is_shrunk_once_at_the_end_and_nothing_else_is(ema):
+    strategy, start, rng = shrinking(ema), initial_state(FEDERATION), np.random.default_rng(0)
+    values = [{name: rng.normal(size=t.shape).astype(t.dtype) for name, t in start.items()} for _ in range(3)]
+    for value in values:
+        reply = reply_of(strategy, NORTH, 0.0)
+        strategy.fold(replace(reply, tensors={name: value[name] for name in reply.tensors}), NORTH, FIRST)
+        strategy.advance([NORTH, SOUTH])
+        strategy = shrinking(ema, dict(strategy.memory), dict(strategy.shared))  # as a resumed run begins
+    weights = np.array([0.25, 0.5, 1]) if ema else np.array([0, 0, 1])
+    for _ in range(2):  # each site's adaptation, and the last look
+        strategy.conclude()
+        strategy.advance([NORTH, SOUTH])
+    names = {name for name, tensor in start.items() if matches(name, [SHRUNK]) and tensor.ndim == 2}
+    assert 0 < len(names) < len(start)
+    for name, tensor in strategy.shared.items():
+        ended = np.average([value[name] for value in values], axis=0, weights=weights)
+        expected = start[name] + shrunk(ended - start[name]) if name in names else ended
+        np.testing.assert_allclose(tensor, expected, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_shrinking_takes_more_noise_than_signal_from_what_outputs_learned_alike():
+    """Ten outputs of 200 inputs that learned two things between them; Efron and Morris gain whatever the truth is."""
+    rng = np.random.default_rng(0)
+    alike = rng.normal(size=(10, 2)) @ rng.normal(size=(2, 200)) * 0.5
+    for truth in (alike, rng.normal(size=(10, 200)), np.zeros((10, 200))):
+        noisy = [truth + rng.normal(size=truth.shape) for _ in range(20)]
+        before, after = (np.mean([((m - truth) ** 2).sum() for m in each]) for each in (noisy, map(shrunk, noisy)))
+        assert after < before
+        if truth is alike:
+            assert after < 0.6 * before
+
+
+def test_shrinking_keeps_directions_and_never_turns_one_around():
+    change = np.diag([3.0, 2.0, 1.0])
+    np.testing.assert_allclose(shrunk(change), np.diag([3 - 1 / 3, 2 - 1 / 2, 0]), atol=1e-12)
+    assert not shrunk(np.zeros((3, 4))).any()
 
 
 def drawing(sites_per_round: int | None, seed: int = 0) -> Strategy:

@@ -25,6 +25,9 @@ class Privacy(Strict):
         noise: the noise multiplier; without it, the least that keeps all rounds within `epsilon`.
         views: how often a patient passes through the model in a step, each time with other masks and dropped parts;
             the mean over them is one gradient, so that they cost time and no privacy (De et al. 2022).
+        shrink: patterns of the shared matrices of which the coordinator takes noise back in part at the end
+            (`server.shrinking`): where many outputs learn alike, as findings do, they lend each other strength. It
+            costs no privacy, and expects noise of one strength in all entries, as that of sgd is.
         engine: how gradients of patients are computed (`mmfm_core.privacy.engines`); all give the same sum.
         figures: metrics and losses are 'withheld'; or withheld but for the AUROC of the final shared model on test
             patients, which leaves 'noised' and is charged as a step is (`mmfm_core.privacy.figures`); or all leave
@@ -41,6 +44,7 @@ class Privacy(Strict):
     max_grad_norm: PositiveFloat = 1.0
     noise: PositiveFloat | None = None
     views: PositiveInt = 1
+    shrink: tuple[str, ...] = ()
     engine: Literal["auto", "loop", "bookkeeping", "hooks"] = "auto"
     figures: Literal["withheld", "noised", "exact"] = "withheld"
     figure_noise: PositiveFloat = 2.0

@@ -55,6 +55,8 @@ def check_patterns(federation: Federation, names: Iterable[str]) -> None:
             )
     places = {f"parameters.{fate}": getattr(federation.parameters, fate) for fate in ORDER}
     places |= {f"stages.{index}.train": stage.train for index, stage in enumerate(federation.stages)}
+    if federation.privacy:
+        places["privacy.shrink"] = federation.privacy.shrink
     for place, patterns in places.items():
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):

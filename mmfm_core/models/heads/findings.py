@@ -38,6 +38,10 @@ class Findings(HeadConfig):
 
     The site maps a column of 0 and 1 to each finding that it has labels for: `columns: {effusion: label_effusion, ...}`
     under the head's name in `targets`. A finding left out, and a missing cell, is unlabelled: neither 0 nor 1.
+
+    Attributes:
+        prior: the probability of every finding before any training, as in RetinaNet (Lin et al. 2017); the layer's
+            weights then start at zero. Where findings are rare, and steps few or noisy, none is spent on learning that.
     """
 
     METRICS = ("auroc", "auprc", "f1", "ece")
@@ -45,6 +49,7 @@ class Findings(HeadConfig):
 
     type: Literal["findings"]
     findings: Annotated[tuple[Name, ...], Field(min_length=1), AfterValidator(_each_once)]
+    prior: float | None = Field(default=None, gt=0, lt=1)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -81,7 +86,7 @@ class Findings(HeadConfig):
         return torch.tensor(study.targets[name])
 
     def build(self, model: Model, name: str, artifacts: Path) -> "FindingsHead":
-        """The head, with random weights."""
+        """The head, with random weights, or at its prior."""
         return FindingsHead(name, model.dim, self)
 
     def statistic(self, metric: str, table: pd.DataFrame) -> Statistic | float | None:
@@ -126,6 +131,9 @@ class FindingsHead(Head):
         super().__init__()
         self.name, self.encoders, self.findings = name, config.encoders, config.findings
         self.norm, self.linear = nn.LayerNorm(dim), nn.Linear(dim, len(config.findings))
+        if config.prior is not None:
+            nn.init.zeros_(self.linear.weight)
+            nn.init.constant_(self.linear.bias, math.log(config.prior / (1 - config.prior)))
 
     def forward(self, encoding: Encoding) -> Tensor:
         """Logits [B, F]."""
