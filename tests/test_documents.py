@@ -57,7 +57,11 @@ def reads(found: str, said: str) -> bool:
             {"mean": 0, "st": 1},
             "model.modalities.scan.normalize: unknown key 'st'; did you mean 'std'?",
         ),
-        ("model.modalities.scan.normalize", "sight", "model.modalities.scan.normalize: must be 'site' or 'study'"),
+        (
+            "model.modalities.scan.normalize",
+            "sight",
+            "model.modalities.scan.normalize: must be 'site', 'study' or 'foreground'",
+        ),
         ("model.modalities.scan.normalize", {"mean": 0, "std": 0}, "…normalize.std: must be greater than 0"),
         ("model.modalities.scan.normalize", {"mean": math.nan, "std": 1}, "…normalize.mean: must be a number"),
         ("model.modalities.scan.size", [16], "model.modalities.scan.size.1: is missing"),

@@ -77,11 +77,28 @@ def kept(folder: Path) -> list[Path]:
     return sorted((folder / "cache" / "images").glob("[!.]*.npy"))
 
 
-@pytest.mark.parametrize("normalize", ["site", "study", {"mean": 0.3, "std": 0.2}], ids=str)
+@pytest.mark.parametrize("normalize", ["site", "study", "foreground", {"mean": 0.3, "std": 0.2}], ids=str)
 def test_in_a_file_they_are_what_they_are_in_memory(site: Site, mapped: Callable[..., Dataset], normalize: object):
     in_memory = load_dataset(site, model(normalize=normalize)).everything
     for _ in range(2):  # decoded, and found
         assert torch.equal(mapped(normalize=normalize).everything.inputs["film"], in_memory.inputs["film"])
+
+
+@pytest.mark.parametrize("margin", [2, 4])
+def test_how_much_air_is_around_a_head_does_not_move_its_foreground(site: Site, tmp_path: Path, margin: int):
+    head = np.random.default_rng(1).integers(150, 250, (SIDE, SIDE), dtype=np.uint8)
+    head[:margin] = head[-margin:] = 0
+    Image.fromarray(head).save(tmp_path / "0.png")
+    film = load_dataset(site, model(normalize="foreground")).everything.inputs["film"][0, 0]
+    assert abs(film[margin:-margin].mean()) < 1e-5
+    assert film[margin:-margin].std() == pytest.approx(1, abs=1e-5)
+    assert film[0].max() < -3
+
+
+def test_an_image_of_one_colour_has_no_foreground_and_is_zero(site: Site, tmp_path: Path):
+    Image.fromarray(np.full((SIDE, SIDE), 77, dtype=np.uint8)).save(tmp_path / "0.png")
+    film = load_dataset(site, model(normalize="foreground")).everything.inputs["film"][0]
+    assert film.abs().max() < 0.1
 
 
 def test_few_images_stay_in_memory(site: Site, tmp_path: Path):

@@ -25,10 +25,12 @@ class Normalization(Strict):
 
 # In a union that is told apart by hand only the errors of the kind that was meant are reported.
 Normalize = Annotated[
-    Annotated[Literal["site", "study"], Tag("named")] | Annotated[Normalization, Tag("declared")],
+    Annotated[Literal["site", "study", "foreground"], Tag("named")] | Annotated[Normalization, Tag("declared")],
     Discriminator(lambda value: "named" if isinstance(value, str) else "declared"),
 ]
-"""'site': by the site's own training studies; 'study': each by itself (usual for MRI, which has no unit); declared."""
+"""'site': by the site's own training studies; 'study': each by itself (usual for MRI, which has no unit); 'foreground':
+each by that part of itself which is brighter than its mean, so that neither air nor how much of it there is counts (a
+head in MRI); declared."""
 
 
 Axis = Literal["x", "y", "z"]

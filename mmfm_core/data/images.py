@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmfm_core.config.modality import ImageModality, PixelModality
+from mmfm_core.config.modality import ImageModality, Normalization, PixelModality
 from mmfm_core.config.site import Site
 from mmfm_core.data.manifest import Study
 from mmfm_core.data.readers import read_image, read_volume
@@ -123,17 +123,18 @@ def _decode(
     said = time.monotonic()
     for number, row in enumerate(rows):
         images[row] = torch.from_numpy(_read(site, studies[row], name, modality))
-        if modality.normalize == "study":
-            _normalise(images[row], float(images[row].mean()), float(images[row].std()))
+        if modality.normalize in ("study", "foreground"):
+            part = images[row] if modality.normalize == "study" else _foreground(images[row])
+            _normalise(images[row], float(part.mean()), float(part.std()))
         if time.monotonic() - said > PATIENCE:
             log.info("images of '%s': %d of %d read", name, number + 1, len(rows))
             said = time.monotonic()
-    if modality.normalize == "study":
-        return
-    if modality.normalize == "site":
+    if isinstance(modality.normalize, Normalization):
+        mean, std = modality.normalize.mean, modality.normalize.std
+    elif modality.normalize == "site":
         mean, std = _moments(images, fit.nonzero().flatten().tolist())
     else:
-        mean, std = modality.normalize.mean, modality.normalize.std
+        return
     for row in rows:
         _normalise(images[row], mean, std)
 
@@ -150,6 +151,12 @@ def _read(site: Site, study: Study, name: str, modality: PixelModality) -> np.nd
 
 def _normalise(image: Tensor, mean: float, std: float) -> None:
     image.sub_(mean).div_(max(std, 1e-6))
+
+
+def _foreground(image: Tensor) -> Tensor:
+    """The values above the mean; all of them where one colour fills the image."""
+    bright = image[image > image.mean()]
+    return bright if len(bright) > 1 else image
 
 
 def _moments(images: Tensor, rows: Sequence[int]) -> tuple[float, float]:
