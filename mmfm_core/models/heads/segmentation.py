@@ -51,8 +51,6 @@ class Segmentation(HeadConfig):
     Attributes:
         classes: the background first.
         width: channels of the decoder at full resolution.
-        tokens: whether encoders have a part in the map, beside the images that it is drawn from. Where a few patients
-            train, they learn by heart where these had their lesions; a map can be drawn without, by a U-Net.
     """
 
     METRICS = ("dice", "hd95")
@@ -61,7 +59,6 @@ class Segmentation(HeadConfig):
     type: Literal["segmentation"]
     classes: Choices
     width: PositiveInt = WIDTH
-    tokens: bool = True
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -151,7 +148,7 @@ class SegmentationHead(Head):
         super().__init__()
         self.name, self.classes = name, config.classes
         self.spacing = getattr(pixels_of(model, drawing(model, config)[0]), "spacing", None)
-        self.decoder = DenseDecoder(model, config, len(config.classes), config.width, config.tokens)
+        self.decoder = DenseDecoder(model, config, len(config.classes), config.width)
         self.dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, reduction="none")
 
     def forward(self, encoding: Encoding) -> Tensor:
