@@ -64,9 +64,9 @@ def questions(data: Path) -> dict[str, tuple[bool, Callable[[], Figures]]]:
     demo = HERE.parents[1] / "deploy" / "federations" / "demo.yaml"
     asked: dict[str, tuple[bool, Callable[[], Figures]]] = {
         "a round, 0.1 M, 10 of 20 sites": (True, lambda: overhead(data, "0.1 M", 20, 10, 90)),
-        "a round, 1.2 M, 10 of 20 sites": (True, lambda: overhead(data, "1.2 M", 20, 10, 5)),
+        "a round, 1.2 M, 10 of 20 sites": (True, lambda: overhead(data, "1.2 M", 20, 10, 15)),
         "a round, 0.1 M, 10 of 100 sites": (False, lambda: overhead(data, "0.1 M", 100, 10, 90)),
-        "a round, 1.2 M, 10 of 100 sites": (False, lambda: overhead(data, "1.2 M", 100, 10, 5)),
+        "a round, 1.2 M, 10 of 100 sites": (False, lambda: overhead(data, "1.2 M", 100, 10, 15)),
         "a round in one process against Ray, 0.1 M": (False, lambda: engines.against_ray(data, 20, 10, 20)),
         "a round in two workers, wall, 1.2 M": (False, lambda: engines.two_workers(data, 20, 10, 12)),
         "memory of two workers against the loop's + 150 MB": (
