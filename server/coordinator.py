@@ -49,7 +49,7 @@ def coordinate(grid: Grid, run: Run, pack: Pack = to_records) -> None:
 class Coordinator:
     """One run at work."""
 
-    def __init__(self, grid: Grid, run: Run, pack: Pack = to_records) -> None:
+    def __init__(self, grid: Grid, run: Run, pack: Pack) -> None:
         self.grid, self.run, self.pack = grid, run, pack
         self.federation: Federation = run.federation
         self.document = sha256(self.federation)

@@ -200,6 +200,13 @@ def test_shrinking_takes_more_noise_than_signal_from_what_outputs_learned_alike(
             assert after < 0.6 * before
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (2, 5), (5, 1)])
+def test_what_has_too_few_outputs_to_tell_noise_by_stays_as_it_is(shape):
+    """The least singular value of one row is the row itself: all that was learned would go."""
+    change = np.random.default_rng(0).normal(size=shape)
+    assert np.array_equal(shrunk(change), change)
+
+
 def test_shrinking_keeps_directions_and_never_turns_one_around():
     change = np.diag([3.0, 2.0, 1.0])
     np.testing.assert_allclose(shrunk(change), np.diag([3 - 1 / 3, 2 - 1 / 2, 0]), atol=1e-12)

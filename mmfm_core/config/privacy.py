@@ -27,7 +27,8 @@ class Privacy(Strict):
             the mean over them is one gradient, so that they cost time and no privacy (De et al. 2022).
         shrink: patterns of the shared matrices of which the coordinator takes noise back in part at the end
             (`server.shrinking`): where many outputs learn alike, as findings do, they lend each other strength. It
-            costs no privacy, and expects noise of one strength in all entries, as that of sgd is.
+            costs no privacy, and expects noise of one strength in all entries, as that of sgd is. One of fewer than
+            three rows or columns stays as it is.
         engine: how gradients of patients are computed (`mmfm_core.privacy.engines`); all give the same sum.
         figures: metrics and losses are 'withheld'; or withheld but for the AUROC of the final shared model on test
             patients, which leaves 'noised' and is charged as a step is (`mmfm_core.privacy.figures`); or all leave
