@@ -1,6 +1,5 @@
 """The hospital's commands, `mmfm site ...`. Heavy imports wait until a command needs them."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +7,7 @@ import typer
 from rich.console import Console
 
 from client.place import Place
+from mmfm_core.process import one_thread
 
 site = typer.Typer(
     name="site",
@@ -86,7 +86,7 @@ def check(
     from client.checks import check_site
     from client.reach import check_relay
 
-    _one_thread()
+    one_thread()
     place, failed = Place.of(directory, relay), False
     for finding in chain(() if relay_only else check_site(place), () if agent_only else check_relay(place)):
         failed |= finding.level == "failed"
@@ -104,7 +104,7 @@ def approve(
     yes: Annotated[bool, typer.Option("--yes", help="Approve without being asked.")] = False,
 ) -> None:
     """Show in words what a document would run, read and send from here, and approve it. This is consent: read it."""
-    _one_thread()
+    one_thread()
     from client.approval import approve as agree
     from client.approval import propose, sentences
 
@@ -221,11 +221,6 @@ def run(
     from client.running import run as keep_running
 
     keep_running(place, agent=not relay_only, relay=True)
-
-
-def _one_thread() -> None:
-    # Before torch is imported, which asks once: a check must not take the machine.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ import threading
 from client import limits, logs
 from client.place import Place
 from client.service import Service, serving
+from mmfm_core.process import keep_memory
 
 OVERDUE = 75  # the exit code of a request that took too long: a temporary failure, start again
 POLL_SECONDS = 0.2
@@ -24,6 +25,7 @@ def serve(place: Place) -> None:
     os.umask(0o077)
     site = place.site()
     logs.start(site.name)
+    keep_memory()
     from client.agent import Agent  # torch
 
     agent = Agent.open(place.directory)

@@ -1,6 +1,5 @@
 """The coordinator's and the researcher's commands. Heavy imports wait until a command needs them."""
 
-import os
 import shlex
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 
 from mmfm_core.errors import MmfmError
+from mmfm_core.process import one_thread
 
 DEMO_DATA = Path("runs/demo-data")
 
@@ -49,7 +49,7 @@ def simulate(
     replace: Annotated[bool, typer.Option("--replace", help="Delete the run in the way first.")] = False,
 ) -> None:
     """Simulate a federation on this machine: every hospital, all rounds, a report at the end."""
-    _one_thread()
+    one_thread()
     from server.simulation import Request
     from server.simulation import simulate as run_simulation
 
@@ -71,7 +71,7 @@ def plan(
     delta: Annotated[float, typer.Option(help="The delta of either.")] = 1e-5,
 ) -> None:
     """Print what a federation would do: sites, parameters and their fate, bytes per round, minutes. Trains nothing."""
-    _one_thread()
+    one_thread()
     from server.plan import show_plan
     from server.privacy import Wish
 
@@ -104,7 +104,7 @@ def audit(
     Noise, rate, steps, clipping and method are the document's, and the code is that of a run; model and patients are
     made up so that they show the most. Exit code 1 if an attack finds more than is promised.
     """
-    _one_thread()
+    one_thread()
     from server.audit import audit as run_audit
 
     if not run_audit(federation, canaries, models, json, Console()):
@@ -126,7 +126,7 @@ def compare(
     scaffold, fedbn, fedper, fedrep, local-fusion, local-fusion-head, ditto, dual-lora, full-model; bounds: local-only,
     pooled.
     """
-    _one_thread()
+    one_thread()
     from server.compare import compare as run_comparison
     from server.methods import METHODS
 
@@ -193,11 +193,6 @@ def _sites_file(federation: Path, sites: Path | None) -> Path:
     if sites is None and federation.is_file() and not beside.is_file():
         raise MmfmError(f"{beside}: there is no such file; name the sites' file with --sites")
     return sites or beside
-
-
-def _one_thread() -> None:
-    # Before torch is imported: it asks once. The threads of several workers fight for the cores, at ten times the cost.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _say(text: str) -> None:

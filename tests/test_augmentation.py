@@ -120,5 +120,5 @@ def test_what_cannot_be_mirrored_is_refused():
     with pytest.raises(ValidationError, match="an image has the axes x and y"):
         changed("classification", {"mirror": ["z"]})
     for task in ("segmentation", "registration"):
-        with pytest.raises(ValidationError, match="are mirrored alike"):
+        with pytest.raises(ValidationError, match="are moved alike"):
             changed(task, {"mirror": ["x"]}, ("front",))

@@ -209,6 +209,18 @@ def test_one_batch_is_learned_and_measured():
 # What a site's files may be, and what is refused.
 
 
+@pytest.mark.parametrize("prior", [0.02, 0.3])
+def test_an_untrained_map_is_about_as_full_as_its_prior_says(prior):
+    foreground = []
+    for seed in range(5):
+        model = model_with("channels", prior=prior)
+        with torch.no_grad():
+            chances = full_model(model, seed=seed).eval()(random_batch(model), ["lesions"])["lesions"].softmax(1)
+        foreground.append(1 - float(chances[:, 0].mean()))
+    odds = [value / (1 - value) for value in foreground]
+    assert np.median(odds) == pytest.approx(prior / (1 - prior), rel=0.5)
+
+
 def written(folder: Path, mask: np.ndarray | None, size: tuple[int, int] = (20, 30), **mapping: Any) -> Dataset:
     image = np.random.default_rng(0).integers(0, 255, size).astype(np.uint8)
     Image.fromarray(image).save(folder / "image.png")

@@ -44,15 +44,31 @@ class Augment(Strict):
     Attributes:
         mirror: axes along which half of the studies are mirrored, all their images that say so together. Not where left
             and right matter to a label or are named in a report.
+        rotate: images are turned by up to this many degrees, around each axis of a volume, all of a study's together.
+        scale: along each axis they become larger or smaller by up to this fraction, together.
+        shift: along each axis they are moved by up to this fraction of their size, together.
         contrast: the image is multiplied by a factor within 1 plus or minus this.
         brightness: what is added is within plus or minus this, in units of the normalised image.
         noise: standard deviation of white noise, in the same units.
     """
 
     mirror: tuple[Axis, ...] = ()
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    shift: float = Field(default=0.0, ge=0, lt=1)
     contrast: float = Field(default=0.0, ge=0, lt=1)
     brightness: NonNegativeFloat = 0.0
     noise: NonNegativeFloat = 0.0
+
+    @property
+    def moves(self) -> bool:
+        """Whether places change, other than by mirrors."""
+        return bool(self.rotate or self.scale or self.shift)
+
+    @property
+    def places(self) -> tuple[object, ...]:
+        """What must be the same of two images for every place of one to stay where it is in the other."""
+        return frozenset(self.mirror), self.rotate, self.scale, self.shift
 
 
 class _Pixels(Strict):

@@ -191,6 +191,10 @@ class HeadConfig(TaskConfig):
         """The targets [B, ...] of studies whose images were mirrored along an axis; most do not change."""
         return targets
 
+    def moved(self, targets: Tensor, model: Model, drawn: Tensor) -> Tensor:
+        """The targets [B, ...] of studies whose images were moved by `draws`; most do not change."""
+        return targets
+
     def build(self, model: Model, name: str, artifacts: Path) -> Head:
         """The head, with random weights."""
         raise NotImplementedError

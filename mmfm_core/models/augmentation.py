@@ -2,21 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from mmfm_core.config.modality import AXES, Augment, Axis
+from mmfm_core.config.modality import AXES, Augment, PixelModality
 from mmfm_core.config.model import Model
 from mmfm_core.data.dataset import Batch
+from mmfm_core.models.motion import draws, moved
 
 
 def augmented(batch: Batch, model: Model) -> Batch:
     """Each study's images changed as their modalities say, and its targets with them.
 
-    One draw mirrors all of a study's images that may be mirrored, so that what is registered stays so, and masks and
-    boxes stay on what they mark; the other changes are of each image alone. (monai's transforms take one study at a
-    time, and draw from numpy's generator, which no site seeds.)
+    One draw mirrors all of a study's images that may be mirrored, and another turns, scales and shifts them, so that
+    what is registered stays so, and masks and boxes stay on what they mark; the other changes are of each image alone.
+    (monai's transforms take one study at a time, and draw from numpy's generator, which no site seeds.)
     """
     changes = {name: change for name in batch.inputs if (change := getattr(model.modalities[name], "augment", None))}
     if not changes:
@@ -31,23 +33,28 @@ def augmented(batch: Batch, model: Model) -> Batch:
             inputs[name] = _where(chosen, inputs[name].flip(AXES[inputs[name].ndim - 2][axis]), inputs[name])
         for name, target in targets.items():
             targets[name] = _where(chosen, model.heads[name].mirrored(target, model, axis), target)
+    if moving := [name for name, change in changes.items() if change.moves]:
+        drawn = draws(len(batch), inputs[moving[0]].device)
+        inputs |= {name: moved(inputs[name], drawn, cast(PixelModality, model.modalities[name])) for name in moving}
+        targets = {name: model.heads[name].moved(target, model, drawn) for name, target in targets.items()}
     inputs |= {name: _jittered(inputs[name], change) for name, change in changes.items()}
     return replace(batch, inputs=inputs, targets=targets)
 
 
-def mirrors(model: Model, encoders: Sequence[str]) -> frozenset[Axis]:
-    """The axes along which the images of `encoders` are mirrored, with what is drawn on them.
+def moves_of(model: Model, encoders: Sequence[str]) -> Augment:
+    """How the images of `encoders` are mirrored and moved, with what is drawn on them.
 
     Raises:
-        ValueError: they are not mirrored alike.
+        ValueError: they are not moved alike.
     """
     images = [model.modalities[name] for encoder in encoders for name in model.encoders[encoder].inputs(encoder)]
-    axes = {frozenset(change.mirror if (change := getattr(image, "augment", None)) else ()) for image in images}
-    if len(axes) > 1:
+    changes = {change.places: change for image in images for change in [getattr(image, "augment", None) or Augment()]}
+    if len(changes) > 1:
         raise ValueError(
-            "encoders: images that something is drawn on are mirrored alike; give all one 'augment.mirror'"
+            "encoders: images that something is drawn on are moved alike; give all of them one 'mirror', 'rotate', "
+            "'scale' and 'shift' under 'augment'"
         )
-    return axes.pop()
+    return next(iter(changes.values()))
 
 
 def _jittered(images: Tensor, change: Augment) -> Tensor:

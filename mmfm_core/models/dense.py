@@ -15,7 +15,8 @@ from mmfm_core.data.readers.geometry import resample_labels, steps
 from mmfm_core.data.readers.sources import read_labels, read_pixels, read_voxels
 from mmfm_core.errors import MmfmError
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (monai imports torchvision)
-from mmfm_core.models.augmentation import mirrors
+from mmfm_core.models.augmentation import moves_of
+from mmfm_core.models.motion import moved
 from mmfm_core.models.tasks import Encoding
 
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrUpBlock  # isort: skip
@@ -47,7 +48,7 @@ def check_dense(model: Model, config: TaskConfig) -> None:
             raise ValueError(
                 f"encoders: '{names[0]}' and '{name}' must have one size and one patch_size to draw one map"
             )
-    mirrors(model, names)
+    moves_of(model, names)
     patch = cast(int, _patch(model, names[0]))
     if patch < 2 or patch & (patch - 1):
         raise ValueError(
@@ -59,7 +60,12 @@ def mirrored(maps: Tensor, model: Model, config: TaskConfig, axis: Axis) -> Tens
     """Maps [..., *size] of studies whose images were mirrored along an axis: mirrored too, if it was theirs."""
     names = drawing(model, config)
     dimensions = len(pixels_of(model, names[0]).size)
-    return maps.flip(AXES[dimensions][axis]) if axis in mirrors(model, names) else maps
+    return maps.flip(AXES[dimensions][axis]) if axis in moves_of(model, names).mirror else maps
+
+
+def moved_map(maps: Tensor, model: Model, config: TaskConfig, drawn: Tensor) -> Tensor:
+    """Maps of label ids [B, ..., *size] of studies whose images were moved by `drawn`."""
+    return moved(maps, drawn, pixels_of(model, drawing(model, config)[0]), labels=True)
 
 
 def read_map(path: Path, study: Study, model: Model, modalities: Sequence[str]) -> Tensor:
@@ -112,6 +118,11 @@ class DenseDecoder(nn.Module):
             for before, after in zip([model.dim, *widths[:0:-1]], widths[::-1], strict=True)
         )
         self.out = UnetOutBlock(dimensions, width, out)
+
+    def starts_at(self, value: Tensor) -> None:
+        """Let every place of an untrained map be `value` ([out]) on average."""
+        with torch.no_grad():
+            self.out.conv.conv.bias.copy_(value)
 
     def forward(self, encoding: Encoding) -> Tensor:
         """[B, out, *size]."""

@@ -23,7 +23,7 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.metrics.detection import AP50, COCO, MAX_DETECTIONS, average_precision
 from mmfm_core.metrics.statistic import Statistic
 from mmfm_core.models import boxes as box
-from mmfm_core.models.augmentation import mirrors
+from mmfm_core.models.augmentation import moves_of
 from mmfm_core.models.centres import box_loss, closeness_of, heat_loss, peaks
 from mmfm_core.models.pyramid import STRIDE, FeatureMap, branch
 from mmfm_core.models.tasks import Encoding, Head
@@ -74,7 +74,11 @@ class Detection(HeadConfig):
             raise ValueError(
                 f"image: '{self.image}' is no encoder of 2D images here; {did_you_mean(self.image, images)}"
             )
-        mirrors(model, [self.within(model)])
+        if moves_of(model, [self.within(model)]).moves:
+            raise ValueError(
+                "encoders: boxes are mirrored with their image, but not turned, scaled or shifted; leave "
+                "'rotate', 'scale' and 'shift' out of its 'augment'"
+            )
 
     def held(self, model: Model, encoders: Collection[str], has_targets: bool) -> bool:
         """Only a site that can read the image."""
@@ -114,7 +118,7 @@ class Detection(HeadConfig):
 
     def mirrored(self, targets: Tensor, model: Model, axis: Axis) -> Tensor:
         """The boxes, mirrored with their image."""
-        return box.mirrored(targets, axis) if axis in mirrors(model, [self.within(model)]) else targets
+        return box.mirrored(targets, axis) if axis in moves_of(model, [self.within(model)]).mirror else targets
 
     def build(self, model: Model, name: str, artifacts: Path) -> "DetectionHead":
         """The head, with random weights."""

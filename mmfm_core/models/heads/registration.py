@@ -22,7 +22,7 @@ from mmfm_core.data.table import Table
 from mmfm_core.errors import MmfmError
 from mmfm_core.metrics.deformation import folding, jacobian_determinant, warped_dice
 from mmfm_core.metrics.statistic import Statistic, mean_of
-from mmfm_core.models.dense import WIDTH, DenseDecoder, check_dense, drawing, mirrored, pixels_of, read_map
+from mmfm_core.models.dense import WIDTH, DenseDecoder, check_dense, drawing, mirrored, moved_map, pixels_of, read_map
 from mmfm_core.models.displacement import (
     Displacement,
     Motion,
@@ -144,6 +144,10 @@ class Registration(HeadConfig):
     def mirrored(self, targets: Tensor, model: Model, axis: Axis) -> Tensor:
         """The maps, mirrored with their images."""
         return mirrored(targets, model, self, axis)
+
+    def moved(self, targets: Tensor, model: Model, drawn: Tensor) -> Tensor:
+        """The maps, moved with their images."""
+        return moved_map(targets, model, self, drawn)
 
     def build(self, model: Model, name: str, artifacts: Path) -> "RegistrationHead":
         """The head; it starts from the identity."""

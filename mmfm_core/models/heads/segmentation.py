@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +24,7 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.metrics.overlap import dice, hausdorff95, over_classes
 from mmfm_core.metrics.statistic import Statistic
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (monai imports torchvision)
-from mmfm_core.models.dense import WIDTH, DenseDecoder, check_dense, drawing, mirrored, pixels_of, read_map
+from mmfm_core.models.dense import WIDTH, DenseDecoder, check_dense, drawing, mirrored, moved_map, pixels_of, read_map
 from mmfm_core.models.tasks import Encoding, Head
 from mmfm_core.text import Tokenizer
 
@@ -51,6 +51,8 @@ class Segmentation(HeadConfig):
     Attributes:
         classes: the background first.
         width: channels of the decoder at full resolution.
+        prior: the share of pixels that are none of the background, before any training, as in RetinaNet (Lin et al.
+            2017). Where that is small, no step is spent on learning it, and none ends at an empty map.
     """
 
     METRICS = ("dice", "hd95")
@@ -59,6 +61,7 @@ class Segmentation(HeadConfig):
     type: Literal["segmentation"]
     classes: Choices
     width: PositiveInt = WIDTH
+    prior: float | None = Field(default=None, gt=0, lt=1)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -128,6 +131,10 @@ class Segmentation(HeadConfig):
         """The maps, mirrored with their images."""
         return mirrored(targets, model, self, axis)
 
+    def moved(self, targets: Tensor, model: Model, drawn: Tensor) -> Tensor:
+        """The maps, moved with their images."""
+        return moved_map(targets, model, self, drawn)
+
     def build(self, model: Model, name: str, artifacts: Path) -> "SegmentationHead":
         """The head, with random weights."""
         return SegmentationHead(name, model, self)
@@ -149,6 +156,10 @@ class SegmentationHead(Head):
         self.name, self.classes = name, config.classes
         self.spacing = getattr(pixels_of(model, drawing(model, config)[0]), "spacing", None)
         self.decoder = DenseDecoder(model, config, len(config.classes), config.width)
+        if config.prior is not None:
+            foreground = config.prior / (len(config.classes) - 1)
+            start = torch.tensor([1 - config.prior, *[foreground] * (len(config.classes) - 1)]).log()
+            self.decoder.starts_at(start)
         self.dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, reduction="none")
 
     def forward(self, encoding: Encoding) -> Tensor:
