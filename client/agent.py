@@ -24,6 +24,7 @@ from mmfm_core.config.federation import Fate, Stage
 from mmfm_core.config.model import Model
 from mmfm_core.config.rounds import Round, rounds_of
 from mmfm_core.config.site import Budget, Device, Precision, Release, Split
+from mmfm_core.data.cache import CACHE
 from mmfm_core.data.dataset import Dataset, load_dataset
 from mmfm_core.data.description import describe
 from mmfm_core.data.features import with_features
@@ -94,7 +95,7 @@ class Agent:
     def open(cls, directory: Path, durable: bool = True, build: Build = MultimodalModel) -> "Agent":
         """The agent of a site's directory."""
         site = load_site(directory / "site.yaml")
-        read = partial(load_dataset, site, artifacts=directory / "artifacts", cache=directory / "cache")
+        read = partial(load_dataset, site, artifacts=directory / "artifacts", cache=directory / CACHE)
         return cls(
             directory,
             site.name,
@@ -163,7 +164,7 @@ class Agent:
             self._participations[document] = Participation(
                 federation,
                 rounds_of(federation),
-                with_features(dataset, model, federation.model, held(fates, "frozen"), self.directory / "cache"),
+                with_features(dataset, model, federation.model, held(fates, "frozen"), self.directory / CACHE),
                 model,
                 initial(model),
                 fates,

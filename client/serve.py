@@ -8,6 +8,7 @@ import threading
 from client import limits, logs
 from client.place import Place
 from client.service import Service, serving
+from mmfm_core.data.cache import CACHE, sweep
 from mmfm_core.process import keep_memory
 
 OVERDUE = 75  # the exit code of a request that took too long: a temporary failure, start again
@@ -26,6 +27,7 @@ def serve(place: Place) -> None:
     site = place.site()
     logs.start(site.name)
     keep_memory()
+    sweep(place.directory / CACHE)
     from client.agent import Agent  # torch
 
     agent = Agent.open(place.directory)

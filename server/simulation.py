@@ -14,6 +14,7 @@ from mmfm_core.artifacts import artifacts_of, collect
 from mmfm_core.config import Federation, Site, load_federation, load_sites
 from mmfm_core.config.loading import dump, sha256
 from mmfm_core.config.strict import did_you_mean
+from mmfm_core.data.cache import CACHE, sweep
 from mmfm_core.errors import MmfmError
 from mmfm_core.storage import write_text
 from server import baselines
@@ -143,7 +144,7 @@ def prepare(
         if artifacts_of(federation.model):
             _link(folder / "artifacts", directory / "artifacts")
         if features:
-            _link(folder / "cache", features)
+            _link(folder / CACHE, features)
     run.update(status="prepared")
     return run
 
@@ -185,6 +186,7 @@ def _chains(directory: Path, federation: Federation, sites: Mapping[str, Site], 
             ]
         )
     left, features = [], directory.parent / FEATURES
+    sweep(features)
     for chain in chains:
         for job, document, expected in chain:
             if not request.resume or Run(job.directory).facts.get("status") in (None, "preparing"):

@@ -141,6 +141,12 @@ def test_each_fusion(fusion):
     check("classification", document("classification", fusion))
 
 
+def test_a_map_drawn_without_tokens_though_encoders_are_trained():
+    described = document("segmentation", "joint")
+    described["heads"]["task"]["tokens"] = False
+    check("segmentation", described)
+
+
 def with_shared_trunks() -> dict[str, Any]:
     """One trunk for two images, and one for two texts."""
     described = document("findings", "joint")

@@ -17,6 +17,7 @@ from PIL import Image
 from mmfm_core.config import Site
 from mmfm_core.config.model import Model
 from mmfm_core.data import images
+from mmfm_core.data.cache import sweep
 from mmfm_core.data.dataset import Dataset, load_dataset
 from mmfm_core.errors import MmfmError
 
@@ -113,6 +114,16 @@ def test_a_restarted_agent_decodes_nothing(
     monkeypatch.setattr(images, "read_image", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(mapped().everything.inputs["film"], first)
     assert torch.equal(mapped(augment={"mirror": ["x"]}).everything.inputs["film"], first)
+    assert len(kept(tmp_path)) == 1
+
+
+def test_a_file_that_is_mapped_counts_as_used_and_stays(mapped: Callable[..., Dataset], tmp_path: Path):
+    mapped()
+    mapped(normalize="study")
+    for path in kept(tmp_path):
+        os.utime(path, (0, 0))
+    mapped()
+    sweep(tmp_path / "cache")
     assert len(kept(tmp_path)) == 1
 
 

@@ -101,9 +101,28 @@ def test_the_table_beside_the_images_reaches_the_map(fusion):
     assert not torch.allclose(network(batch, ["lesions"])["lesions"], before, atol=1e-4)
 
 
-def test_modality_dropout_takes_the_image_from_the_decoder_too():
+@pytest.mark.parametrize("fusion", ("channels", *SEPARATE))
+def test_without_tokens_the_images_alone_decide(fusion):
+    model = model_with(fusion, tokens=False)
+    network, batch = full_model(model, seed=0).eval(), some_absent(model)
+    before = network(batch, ["lesions"])["lesions"]
+    assert before.shape == (STUDIES, 3, SIDE, SIDE)
+    with torch.no_grad():
+        for part in (network.encoders, network.fusion):
+            for name, parameter in part.named_parameters():
+                if "fill" not in name:  # it stands in the place of a contrast
+                    parameter.add_(1)
+    assert torch.equal(network(batch, ["lesions"])["lesions"], before)
+    batch.inputs["t1"][0, 0, 0, 0] += 1
+    after = network(batch, ["lesions"])["lesions"]
+    assert not torch.allclose(after[0], before[0], atol=1e-4)
+    torch.testing.assert_close(after[1:], before[1:])
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_modality_dropout_takes_the_image_from_the_decoder_too(tokens):
     """What fusion dropped must not come back through the convolutions over the raw images."""
-    model = model_with("joint")
+    model = model_with("joint", tokens=tokens)
     network, batch = full_model(model, seed=0).eval(), random_batch(model, flair=[0] * STUDIES)
     without = network(batch, ["lesions"])["lesions"]
     everything = random_batch(model)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmfm_core.config.model import Model
+from mmfm_core.data.cache import used
 from mmfm_core.data.dataset import Dataset
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.encoders.base import Encoder
@@ -93,7 +94,10 @@ def _read(folder: Path, wanted: Collection[str]) -> Tensors:
     known: Tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         with suppress(MmfmError):  # a damaged file is as good as none: what it held is computed again
-            known |= {key: array for key, array in read_tensors(path).items() if key in wanted}
+            found = {key: array for key, array in read_tensors(path).items() if key in wanted}
+            if found:
+                used(path)
+            known |= found
     return known
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mmfm_core.config.modality import ImageModality, Normalization, PixelModality
 from mmfm_core.config.site import Site
+from mmfm_core.data.cache import used
 from mmfm_core.data.manifest import Study
 from mmfm_core.data.readers import read_image, read_volume
 from mmfm_core.data.readers.sources import files_of
@@ -73,6 +74,7 @@ def decoded(
                     os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
                 _decode(site, studies, name, modality, fit, torch.from_numpy(array))
                 array.flush()
+    used(path)
     return _mapped(path)
 
 

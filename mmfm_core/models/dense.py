@@ -1,6 +1,7 @@
 """From tokens back to a map over the whole image or volume: what segmentation and registration have in common."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ from mmfm_core.models import _torchvision_ops  # noqa: F401  (monai imports torc
 from mmfm_core.models.augmentation import moves_of
 from mmfm_core.models.motion import moved
 from mmfm_core.models.tasks import Encoding
+from mmfm_core.models.tokens import Tokens
 
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrUpBlock  # isort: skip
 
@@ -97,25 +99,30 @@ class DenseDecoder(nn.Module):
     2022) and TransUNet (Chen et al. 2021), since what is thinner than a patch is drawn from them. An absent or dropped
     image is zero. The pooled state moves the features of all pixels alike, last: each step normalises over the image,
     which would take it out again.
+
+    Without `tokens` neither they nor the pooled state have a part: what is left is a U-Net (Ronneberger et al. 2015).
     """
 
-    def __init__(self, model: Model, config: TaskConfig, out: int, width: int = WIDTH) -> None:
+    def __init__(self, model: Model, config: TaskConfig, out: int, width: int = WIDTH, tokens: bool = True) -> None:
         super().__init__()
-        self.encoders, self.names = config.encoders, drawing(model, config)
+        self.encoders, self.names, self.tokens = config.encoders, drawing(model, config), tokens
         self.channels = {n: _channels(model, n) for n in self.names}
         size, patch = pixels_of(model, self.names[0]).size, cast(int, _patch(model, self.names[0]))
         dimensions, levels = len(size), patch.bit_length() - 1
         widths = [width * 2**level for level in range(levels)]
         inputs = [sum(self.channels.values()), *widths]
-        self.merge = nn.Linear(2 * model.dim, model.dim)
-        self.norm, self.pooled = nn.LayerNorm(model.dim), nn.Linear(model.dim, width)
+        if tokens:
+            self.merge = nn.Linear(2 * model.dim, model.dim)
+            self.norm, self.pooled = nn.LayerNorm(model.dim), nn.Linear(model.dim, width)
+        else:
+            self.bottom = UnetrBasicBlock(dimensions, widths[-1], widths[-1], 3, 1, "instance", res_block=True)
         self.down = nn.ModuleList(
             UnetrBasicBlock(dimensions, before, after, 3, 1 if level == 0 else 2, "instance", res_block=True)
             for level, (before, after) in enumerate(zip(inputs, widths, strict=False))
         )
         self.up = nn.ModuleList(
             UnetrUpBlock(dimensions, before, after, 3, 2, "instance", res_block=True)
-            for before, after in zip([model.dim, *widths[:0:-1]], widths[::-1], strict=True)
+            for before, after in pairwise([model.dim, *widths[::-1]] if tokens else widths[::-1])
         )
         self.out = UnetOutBlock(dimensions, width, out)
 
@@ -130,23 +137,30 @@ class DenseDecoder(nn.Module):
         parts = {name: fused.parts[name] for name in self.names if name in fused.parts}
         # Presence after the fusion, not before: what modality dropout took away must not come back through the images.
         present = {name: part.mask.any(1) for name, part in parts.items()}
+        image = self._image(encoding, present)
+        skips = [image]
+        for block in self.down:
+            skips.append(block(skips[-1]))
+        x = self._grid(parts, present) if self.tokens else self.bottom(skips.pop())
+        for block, skip in zip(self.up, skips[:0:-1], strict=True):
+            x = block(x, skip)
+        if self.tokens:
+            pooled = self.pooled(self.norm(fused.pooled))
+            x = x + pooled.reshape(*pooled.shape, *[1] * (image.ndim - 2))
+        drawn: Tensor = self.out(torch.relu(x))
+        return drawn
+
+    def _grid(self, parts: dict[str, Tokens], present: dict[str, Tensor]) -> Tensor:
+        """The mean of the tokens of those that are present, [B, dim, *grid]."""
         tokens = sum(
             _where(present[name], torch.cat([part.x, part.skips[-1] if part.skips else part.x], -1))
             for name, part in parts.items()
         )
         count = torch.stack(list(present.values())).sum(0).clamp(min=1)[:, None, None]
-        x = self.merge(tokens / count)
+        x: Tensor = self.merge(tokens / count)
         grid = next(iter(parts.values())).grid
         # Opacus reads the strides of a convolution's input wrongly unless they are contiguous.
-        x = x.transpose(1, 2).reshape(len(x), x.shape[2], *grid).contiguous()
-        skips = [self._image(encoding, present)]
-        for block in self.down:
-            skips.append(block(skips[-1]))
-        for block, skip in zip(self.up, skips[:0:-1], strict=True):
-            x = block(x, skip)
-        pooled: Tensor = self.pooled(self.norm(fused.pooled))
-        drawn: Tensor = self.out(torch.relu(x + pooled.reshape(*pooled.shape, *[1] * len(grid))))
-        return drawn
+        return x.transpose(1, 2).reshape(len(x), x.shape[2], *grid).contiguous()
 
     def _image(self, encoding: Encoding, present: dict[str, Tensor]) -> Tensor:
         like = encoding.input(next(iter(present)))

@@ -12,6 +12,7 @@ from mmfm_core.config import load_site
 from mmfm_core.config.model import Model
 from mmfm_core.config.rounds import rounds_of
 from mmfm_core.config.site import Release
+from mmfm_core.data.cache import CACHE
 from mmfm_core.data.dataset import Dataset, concatenate, load_dataset
 from mmfm_core.errors import MmfmError
 from mmfm_core.protocol import Describe, RoundReply, RoundRequest, SiteDescription
@@ -32,7 +33,7 @@ def simulate(run_directory: Path) -> None:
     folders = site_directories(run_directory / "sites")
     first = load_site(folders[0] / "site.yaml")
     gates.approve(run_directory / "pooled" / "approved", run.federation)
-    for shared in ("artifacts", "cache"):  # the sites link to one place already
+    for shared in ("artifacts", CACHE):  # the sites link to one place already
         link = run_directory / "pooled" / shared
         if (folders[0] / shared).exists() and not link.exists():
             link.symlink_to((folders[0] / shared).resolve())

@@ -53,6 +53,8 @@ class Segmentation(HeadConfig):
         width: channels of the decoder at full resolution.
         prior: the share of pixels that are none of the background, before any training, as in RetinaNet (Lin et al.
             2017). Where that is small, no step is spent on learning it, and none ends at an empty map.
+        tokens: whether encoders have a part in the map, beside the images that it is drawn from. Where a few patients
+            train, they learn by heart where these had their lesions; a map can be drawn without, by a U-Net.
     """
 
     METRICS = ("dice", "hd95")
@@ -62,6 +64,7 @@ class Segmentation(HeadConfig):
     classes: Choices
     width: PositiveInt = WIDTH
     prior: float | None = Field(default=None, gt=0, lt=1)
+    tokens: bool = True
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -155,7 +158,7 @@ class SegmentationHead(Head):
         super().__init__()
         self.name, self.classes = name, config.classes
         self.spacing = getattr(pixels_of(model, drawing(model, config)[0]), "spacing", None)
-        self.decoder = DenseDecoder(model, config, len(config.classes), config.width)
+        self.decoder = DenseDecoder(model, config, len(config.classes), config.width, config.tokens)
         if config.prior is not None:
             foreground = config.prior / (len(config.classes) - 1)
             start = torch.tensor([1 - config.prior, *[foreground] * (len(config.classes) - 1)]).log()
