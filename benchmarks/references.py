@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from client.loading import load
+from client.loading import arrays, load
 from mmfm_core.config import Federation, Site, load_site
 from mmfm_core.data.dataset import Batch, load_dataset
 from mmfm_core.data.manifest import read_manifest
@@ -79,7 +79,7 @@ def shown(run: Path, head: str, modalities: Collection[str]) -> pd.DataFrame:
     model = full_model(federation.model, federation.seed)
     checkpoint = Run.open(run).checkpoint()
     assert checkpoint is not None
-    load(model, checkpoint[1])
+    load(model, arrays(model) | checkpoint[1])  # what is frozen is as it was built
     predicted = [
         p.table.assign(site=site.name, patient=site.name + "/" + p.table["patient"])
         for site in _sites(run)

@@ -17,6 +17,7 @@ import torch
 from federations import SIZES, document, hospitals, prepared
 from floor import Floor
 
+from mmfm_core.process import keep_memory
 from server.engines import in_process
 from server.record import Run
 
@@ -39,8 +40,12 @@ def at_each_round(call: Callable[[int], None]) -> Iterator[None]:
 
 
 def overhead(data: Path, size: str, sites: int, per_round: int, rounds: int) -> dict[str, float]:
-    """CPU seconds of a round, ours and the floor's, and how many times the floor's ours is."""
+    """CPU seconds of a round, ours and the floor's, and how many times the floor's ours is.
+
+    Both with freed memory kept, as `mmfm simulate` has it: page faults would fall on either at random.
+    """
     torch.set_num_threads(1)
+    keep_memory()
     federation, files = document(size, rounds + 1, None if per_round == sites else per_round), hospitals(data, sites)
     floor = Floor(data, size, sites, per_round)
     floor()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmfm_core.data.dataset import Batch
 from mmfm_core.privacy.engines.base import Clipped, Losses, scales, zeros
 from mmfm_core.privacy.engines.booking import booked, refused
+from mmfm_core.privacy.engines.layer import Scale
 from mmfm_core.privacy.engines.layers import layer_of
 from mmfm_core.privacy.engines.rows import rows_of
 from mmfm_core.privacy.engines.support import layers_of, missed
@@ -49,10 +50,11 @@ def clipped_sum(
     with torch.no_grad():
         for part in parts.values():
             squares += part.squares()
-        scale = scales(squares.clamp(min=0).sqrt(), of_patients, max_norm)
+        factors = scales(squares.clamp(min=0).sqrt(), of_patients, max_norm)
+        scale = Scale.of(factors)
         for name in list(parts):
             for own, gradient in parts.pop(name).weighted(scale).items():
                 total[layers[name].trained[own]] = gradient
-    kept = scale > 0
+    kept = factors > 0
     total |= zeros({name: each for name, each in parameters.items() if name not in total})
     return Clipped({name: total[name] for name in parameters}, float(of_patients[kept].sum()), int((~kept).sum()))

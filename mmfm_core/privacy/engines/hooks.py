@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmfm_core.data.dataset import Batch
 from mmfm_core.errors import MmfmError
 from mmfm_core.privacy.engines.base import Clipped, Losses, scales, zeros
-from mmfm_core.privacy.engines.layer import contracted
+from mmfm_core.privacy.engines.layer import Scale
 from mmfm_core.privacy.engines.rows import rows_of
 from mmfm_core.privacy.engines.support import unsupported
 
@@ -57,7 +57,7 @@ def clipped_sum(
     squares = [gradient.flatten(1).square().sum(1) for gradient in gradients.values()]
     norms = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros_like(of_patients)
     scale = scales(norms, of_patients, max_norm)
-    total |= {name: contracted(scale, gradient) for name, gradient in gradients.items()}
+    total |= {name: Scale.of(scale).contracted(gradient) for name, gradient in gradients.items()}
     kept = scale > 0
     return Clipped(total, float(of_patients[kept].sum()), int((~kept).sum()))
 

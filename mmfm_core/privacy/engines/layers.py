@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfm_core.privacy.engines.layer import Layer, Use, contracted, scaled
+from mmfm_core.privacy.engines.layer import Layer, Scale, Use
 from mmfm_core.privacy.engines.linear import CONVOLUTIONS, Linear, cuts_patches, of_patches
 from mmfm_core.privacy.engines.rows import Rows
 
@@ -29,8 +29,8 @@ class _Embedding(Layer):
     """A patient's gradient lies in the rows of the tokens it has, which are summed without making the table."""
 
     def __init__(self, module: nn.Embedding, uses: Sequence[Use], rows: Rows) -> None:
-        self.shape, device = module.weight.shape, module.weight.device
-        patient = rows.spread(torch.arange(rows.patients, device=device))
+        self.shape = module.weight.shape
+        patient = rows.patient
         keys = [(patient[:, None] * self.shape[0] + use.x.reshape(len(use.x), -1)).flatten() for use in uses]
         gradients = [use.gradient.reshape(-1, self.shape[1]) for use in uses]
         found, place = torch.cat(keys).unique(return_inverse=True)
@@ -43,8 +43,8 @@ class _Embedding(Layer):
     def squares(self) -> Tensor:
         return self.sums.new_zeros(self.patients).index_add_(0, self.patient, self.sums.square().sum(1))
 
-    def weighted(self, scale: Tensor) -> Mapping[str, Tensor]:
-        part = scaled(scale[self.patient], self.sums)
+    def weighted(self, scale: Scale) -> Mapping[str, Tensor]:
+        part = scale.at(self.patient).times(self.sums)
         return {"weight": part.new_zeros(self.shape).index_add_(0, self.token, part)}
 
 
@@ -69,15 +69,15 @@ class _Sampled(Layer):
         each = self.kept if self.keep else self._each()
         return reduce(torch.add, [gradient.flatten(1).square().sum(1) for gradient in each.values()])
 
-    def weighted(self, scale: Tensor) -> Mapping[str, Tensor]:
+    def weighted(self, scale: Scale) -> Mapping[str, Tensor]:
         if self.keep:
-            return {name: contracted(scale, gradient) for name, gradient in self.kept.items()}
-        scale = self.rows.spread(scale)
+            return {name: scale.contracted(gradient) for name, gradient in self.kept.items()}
+        scale = scale.at(self.rows.patient)
         total = [torch.zeros_like(parameter) for parameter in self.parameters.values()]
         for use in self.uses:
             with torch.enable_grad():
-                y = self.module(scaled(scale > 0, use.x))
-            parts = torch.autograd.grad(y, list(self.parameters.values()), scaled(scale, use.gradient))
+                y = self.module(scale.finite(use.x))
+            parts = torch.autograd.grad(y, list(self.parameters.values()), scale.times(use.gradient))
             total = [whole + part for whole, part in zip(total, parts, strict=True)]
         return dict(zip(self.parameters, total, strict=True))
 

@@ -6,11 +6,12 @@ Shapes: T tokens of a patient's studies and of all uses together, d features in,
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from mmfm_core.privacy.engines.layer import Layer, Use, contracted, scaled
+from mmfm_core.privacy.engines.layer import Layer, Scale, Use
 from mmfm_core.privacy.engines.rows import Rows
 
 CANCELLED = 1e-3
@@ -21,10 +22,10 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Linear(Layer):
-    """A patient's gradient is g^T x over its tokens; its norm needs that matrix, or two T × T Gram matrices.
+    """A patient's gradient is g^T x over its tokens, and for the bias g^T 1; their norm needs these, or Gram matrices.
 
-    Whichever is smaller, as in Bu et al. 2022 (2210.00038, mixed ghost norm). Where it is the matrix, it is smaller
-    than the tokens too, and is kept in their place for the weighted sum.
+    Whichever is smaller, as in Bu et al. 2022 (2210.00038, mixed ghost norm): p × d, or twice T × T. Where it is the
+    former, it is smaller than the tokens too, and is kept in their place for the weighted sum.
     """
 
     def __init__(
@@ -36,57 +37,74 @@ class Linear(Layer):
         transposed: bool = False,
     ) -> None:
         x, gradient = (_tokens(each, rows) for each in zip(*((use.x, use.gradient) for use in uses), strict=True))
-        self.rows, self.transposed = rows, transposed
-        self.shape: torch.Size = dict(module.named_parameters())["weight"].shape
-        self.weights = [_Product(*group) for group in zip(x, gradient, strict=True)] if "weight" in trained else []
-        self.bias = torch.cat([group.sum(1) for group in gradient]) if "bias" in trained else None
+        self.sizes, self.transposed = [patients for patients, _ in rows.groups], transposed
+        self.shape: torch.Size = cast(Tensor, module.weight).shape
+        product = _Product if "weight" in trained else _Sum
+        self.groups = [product(*group, "bias" in trained) for group in zip(x, gradient, strict=True)]
 
     def squares(self) -> Tensor:
-        squares = [torch.cat([weight.squares() for weight in self.weights])] if self.weights else []
-        if self.bias is not None:
-            squares.append(self.bias.square().sum(1))
-        return reduce(torch.add, squares)
+        squares = [group.squares() for group in self.groups]
+        return squares[0] if len(squares) == 1 else torch.cat(squares)
 
-    def weighted(self, scale: Tensor) -> Mapping[str, Tensor]:
-        total = {}
-        if self.weights:
-            scales = scale.split([patients for patients, _ in self.rows.groups])
-            weight = reduce(torch.add, [w.weighted(s) for w, s in zip(self.weights, scales, strict=True)])
-            total["weight"] = (weight.T if self.transposed else weight).reshape(self.shape)
-        if self.bias is not None:
-            total["bias"] = contracted(scale, self.bias)
+    def weighted(self, scale: Scale) -> Mapping[str, Tensor]:
+        parts = [group.weighted(part) for group, part in zip(self.groups, scale.split(self.sizes), strict=True)]
+        total = {name: reduce(torch.add, [part[name] for part in parts]) for name in parts[0]}
+        if "weight" in total:
+            total["weight"] = (total["weight"].T if self.transposed else total["weight"]).reshape(self.shape)
         return total
 
 
-class _Product:
-    """The gradients g^T x of n patients, [n, p, d], of x [n, T, d] and g [n, T, p]; made where they are the smaller."""
+class _Sum:
+    """The gradients g^T 1 of n patients' biases, [n, p], of g [n, T, p]."""
 
-    def __init__(self, x: Tensor, gradient: Tensor) -> None:
-        self.matrix: Tensor | None = None
-        (_, tokens, d), p = x.shape, gradient.shape[2]
-        if tokens * (d + p) < d * p:
-            self.x, self.gradient = x, gradient
-        else:
-            self.matrix = gradient.transpose(1, 2) @ x
+    def __init__(self, x: Tensor, gradient: Tensor, bias: bool) -> None:
+        self.bias = gradient.sum(1)
 
     def squares(self) -> Tensor:
-        if self.matrix is None:
-            x, gradient = self.x, self.gradient
-            inputs, outputs = x @ x.transpose(1, 2), gradient @ gradient.transpose(1, 2)
-            squares = torch.linalg.vecdot(inputs.flatten(1), outputs.flatten(1))
-            traces = (gram.diagonal(dim1=1, dim2=2).sum(1) for gram in (inputs, outputs))
-            if not (squares < CANCELLED * math.prod(traces)).any():
-                return squares
-            self.matrix = gradient.transpose(1, 2) @ x
-        return self.matrix.square().sum((1, 2))
+        return self.bias.square().sum(1)
 
-    def weighted(self, scale: Tensor) -> Tensor:
-        if self.matrix is not None:
-            return contracted(scale, self.matrix)
-        some, (x, gradient) = scale > 0, (self.x, self.gradient)
-        narrow = x.shape[2] < gradient.shape[2]
-        x, gradient = (scaled(scale if of else some, each) for each, of in ((x, narrow), (gradient, not narrow)))
-        return gradient.flatten(0, 1).T @ x.flatten(0, 1)
+    def weighted(self, scale: Scale) -> dict[str, Tensor]:
+        return {"bias": scale.contracted(self.bias)}
+
+
+class _Product:
+    """The gradients g^T x of n patients, [n, p, d], of x [n, T, d] and g [n, T, p]; made where they are the smaller.
+
+    With a bias x has one more column, of ones.
+    """
+
+    def __init__(self, x: Tensor, gradient: Tensor, bias: bool) -> None:
+        self.x, self.gradient, self.bias = x, gradient, bias
+        self.made: dict[str, Tensor] = {}
+        (_, tokens, d), p = x.shape, gradient.shape[2]
+        if tokens * (d + p) >= d * p:
+            self._make()
+
+    def squares(self) -> Tensor:
+        if not self.made:
+            inputs, outputs = self.x @ self.x.transpose(1, 2), self.gradient @ self.gradient.transpose(1, 2)
+            if self.bias:
+                inputs += 1
+            squares = torch.linalg.vecdot(inputs.flatten(1), outputs.flatten(1))
+            bounds = inputs.diagonal(dim1=1, dim2=2).sum(1) * outputs.diagonal(dim1=1, dim2=2).sum(1)
+            if not (squares < CANCELLED * bounds).any():
+                return squares
+            self._make()
+        return reduce(torch.add, [each.flatten(1).square().sum(1) for each in self.made.values()])
+
+    def weighted(self, scale: Scale) -> dict[str, Tensor]:
+        if self.made:
+            return {name: scale.contracted(each) for name, each in self.made.items()}
+        x, gradient = scale.finite(self.x), scale.times(self.gradient)
+        flat = gradient.flatten(0, 1)
+        total = {"weight": flat.T @ x.flatten(0, 1)}
+        return total | {"bias": flat.sum(0)} if self.bias else total
+
+    def _make(self) -> None:
+        self.made = {"weight": self.gradient.transpose(1, 2) @ self.x}
+        if self.bias:
+            self.made["bias"] = self.gradient.sum(1)
+        del self.x, self.gradient
 
 
 def _tokens(each: Sequence[Tensor], rows: Rows) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ class Rows:
 
     def folded(self, x: Tensor) -> Iterator[Tensor]:
         """[R, ...] -> [patients, studies each, ...] of each group."""
+        if len(self.groups) == 1:
+            yield x.unflatten(0, self.groups[0])
+            return
         sizes = [patients * studies for patients, studies in self.groups]
         for (patients, studies), rows in zip(self.groups, x.split(sizes), strict=True):
             yield rows.reshape(patients, studies, *x.shape[1:])
@@ -36,10 +40,11 @@ class Rows:
             return x
         return torch.cat([group.sum(1) for group in self.folded(x)])
 
-    def spread(self, x: Tensor) -> Tensor:
-        """[P, ...] -> [R, ...]."""
-        sizes = torch.tensor([studies for patients, studies in self.groups for _ in range(patients)], device=x.device)
-        return x.repeat_interleave(sizes, 0)
+    @cached_property
+    def patient(self) -> Tensor:
+        """Of each row, [R]."""
+        sizes = torch.tensor([studies for patients, studies in self.groups for _ in range(patients)])
+        return torch.arange(self.patients).repeat_interleave(sizes).to(self.order.device)
 
     @property
     def studies(self) -> Tensor:
