@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/clipping.py [--repeats 5]
 
 Random studies, one per patient, all parameters trained. Times are of this process alone, medians of repeats in which
-all engines take turns, and with freed memory kept, as everywhere in `mmfm`. Memory is the peak of resident memory above what it was before the step, of a process that does
-nothing else. Writes `benchmarks/results/clipping.md`.
+all engines take turns, with freed memory kept, as everywhere in `mmfm`. Memory is the peak of resident memory above
+what it was before the step, of a process that does nothing else. Writes `benchmarks/results/clipping.md`.
 """
 
 import argparse
