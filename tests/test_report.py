@@ -323,6 +323,37 @@ def test_the_page_loads_nothing_and_its_identifiers_are_its_own(tmp_path: Path) 
     assert len(described) == figures == 3  # one of the methods, one of each site's training
 
 
+def test_every_subset_of_modalities_that_was_measured_has_its_row(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    line = {"round": 3, "stage": "adapt", "task": "disease", "metric": "auroc", "split": "test", "n": 20}
+    for site, shown, model, figure in (
+        ("north", "note", "shared", 0.51),
+        ("north", "note", "adapted", 0.6),
+        ("south", "note", "adapted", 0.7),
+        ("south", "scan+labs", "adapted", None),
+        ("south", HOSTILE, "adapted", 0.1),
+    ):
+        run.record(**line, site=site, model=model, modalities=shown, value=figure, low=figure, high=figure)
+    page = page_of(run)
+    start = page.rows.index(["Shown", "north", "south", "Mean of hospitals"])
+    assert page.rows[start + 1 : start + 4] == [
+        ["scan + labs", "not measured", "undefined", "–"],
+        ["note", "0.600 [0.600, 0.600]", "0.700 [0.700, 0.700]", "0.650"],
+        [HOSTILE, "not measured", "0.100 [0.100, 0.100]", "0.100"],
+    ]
+    assert page.row("north")["FedAvg + adapted head"].startswith("0.750")  # of all modalities, as before
+    assert not any(row[:1] == ["Shown"] for row in page_of(make_run(tmp_path / "none")).rows)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_adaptation_is_spoken_of_only_where_there_is_any(tmp_path: Path, adapted: bool) -> None:
+    federation = tiny_federation()
+    if not adapted:
+        federation = federation.model_copy(update={"stages": federation.stages[:1]})
+    text = page_of(make_run(tmp_path, federation=federation)).text
+    assert ("each hospital adapts on its own" in text) == adapted
+
+
 def test_a_site_without_validation_shows_its_loss_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rounds=2)
     lines = [

@@ -18,6 +18,7 @@ from mmfm_core.storage import write_text
 from server.record import Run, read_lines
 from server.report import history, wording
 from server.report.results import Line, read_results
+from server.report.subsets import subsets_of
 from server.sites import how_counts_are_told
 
 NEWEST_EVENTS = 200
@@ -69,6 +70,7 @@ def render(run: Run) -> str:
         opening=wording.opening(federation, facts, done, simulated),
         noised=not simulated and federation.privacy is not None and federation.privacy.figures == "noised",
         tasks=tasks,
+        subsets={task.task: subsets_of(task.task, federation, lines) for task in tasks},
         findings=wording.findings,
         labels=wording.LABELS,
         meanings=wording.meanings(federation),
@@ -118,6 +120,7 @@ def _figures(federation: Federation, facts: dict[str, Any], lines: list[Line], t
     )
     return {
         "validated": bool(validated),
+        "adapting": bool(adapting),
         "task_legend": figures.task_legend(federation.model.heads),
         "forests": {task.task: figures.forest(task, f"forest-{task.task}") for task in tasks},
         "curves": [(site, draw(site, f"curves-{index}")) for index, site in enumerate(drawn)],

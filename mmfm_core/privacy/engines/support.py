@@ -26,7 +26,9 @@ def layers_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[
     owners = {}
     for name, module in model.named_modules():
         # In every step, so without the many layers of `named_parameters`.
-        trained = {each: names[id(parameter)] for each, parameter in module._parameters.items() if id(parameter) in names}
+        trained = {
+            each: names[id(parameter)] for each, parameter in module._parameters.items() if id(parameter) in names
+        }
         if trained:
             owners[name] = Owner(module, trained)
     return owners
@@ -56,16 +58,16 @@ def missed(model: nn.Module, layers: Mapping[str, Owner], parameters: Mapping[st
 
 def _problem(module: nn.Module) -> str | None:
     kind = type(module).__name__
-    if isinstance(module, ATTENTION):
-        return "is of torch's MultiheadAttention, which reads its weights past their layers"
-    if any(True for child in module.children() for _ in (*child.parameters(), *child.buffers())):
-        return f"({kind}) holds a bare parameter beside other layers"
-    if any(True for _ in module.buffers()):
-        return f"({kind}) has buffers, which may carry something from one patient to another"
-    if isinstance(module, UNKNOWN):
-        return f"is {kind}, for whose gradients per patient there is no function"
-    if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
-        return f"({kind}) rescales its rows over a batch, or has sparse gradients"
-    if module._forward_pre_hooks:
-        return f"({kind}) has its weights computed before each call"
-    return None
+    below = [each for child in module.children() for each in (*child.parameters(), *child.buffers())]
+    problems = {
+        "is of torch's MultiheadAttention, which reads its weights past their layers": isinstance(module, ATTENTION),
+        f"({kind}) holds a bare parameter beside other layers": bool(below),
+        f"({kind}) has buffers, which may carry something from one patient to another": any(
+            True for _ in module.buffers()
+        ),
+        f"is {kind}, for whose gradients per patient there is no function": isinstance(module, UNKNOWN),
+        f"({kind}) rescales its rows over a batch, or has sparse gradients": isinstance(module, nn.Embedding)
+        and bool(module.max_norm or module.scale_grad_by_freq or module.sparse),
+        f"({kind}) has its weights computed before each call": bool(module._forward_pre_hooks),
+    }
+    return next((problem for problem, found in problems.items() if found), None)
