@@ -26,6 +26,7 @@ from mmfm_core.data.features import with_features
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel, seeded
 from mmfm_core.models.parameters import fates_of, held, matches
+from mmfm_core.process import keep_memory
 from mmfm_core.training.steps import train
 from server.simulation import load_documents
 
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="federations; all of them where none is named")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_memory()
     names = sorted(path.name.removesuffix(".sites.yaml") for path in FEDERATIONS.glob("*.sites.yaml"))
     lines = []
     with TemporaryDirectory() as folder:
