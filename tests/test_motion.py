@@ -90,6 +90,15 @@ def test_draws_are_uniform_and_some_studies_stay():
     assert np.abs(correlations).max() < 0.04
 
 
+def test_places_are_exact_where_the_model_computes_in_half_precision():
+    torch.manual_seed(0)
+    form = VolumeModality.model_validate({"kind": "volume3d", "size": (16, 16, 16), "augment": MOVES})
+    image, drawn = torch.randn(4, 1, 16, 16, 16), draws(4, torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = moved(image, drawn, form)
+    torch.testing.assert_close(found, moved(image, drawn, form))
+
+
 def test_what_cannot_be_moved_is_refused():
     with pytest.raises(ValidationError, match="boxes are mirrored with their image, but not turned"):
         changed("detection", {"rotate": 5})

@@ -30,13 +30,13 @@ def moved(x: Tensor, drawn: Tensor, form: PixelModality, labels: bool = False) -
     change, axes = form.augment, len(form.size)
     if change is None or not change.moves:
         return x
-    theta = _matrices(drawn, change, form).to(x.device)
     channels = x.reshape(len(x), -1, *x.shape[-axes:])
-    grid = F.affine_grid(theta, list(channels.shape), align_corners=False)
-    # Label ids are small whole numbers, which float32 holds as they are.
-    found = F.grid_sample(
-        channels.float(), grid, "nearest" if labels else "bilinear", padding_mode="border", align_corners=False
-    )
+    with torch.autocast(x.device.type, enabled=False):  # a place in half precision is pixels away
+        grid = F.affine_grid(_matrices(drawn, change, form), list(channels.shape), align_corners=False)
+        # Label ids are small whole numbers, which float32 holds as they are.
+        found = F.grid_sample(
+            channels.float(), grid, "nearest" if labels else "bilinear", padding_mode="border", align_corners=False
+        )
     return found.reshape(x.shape).to(x.dtype)
 
 
