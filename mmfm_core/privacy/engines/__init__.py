@@ -20,10 +20,10 @@ ENGINES: dict[str, Engine] = {
 def choose(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str:
     """The engine that 'auto' means: book-keeping where it sees every layer, else the loop.
 
-    By `benchmarks/results/clipping.md`, book-keeping takes 1.2 to 1.5 times the time of a step without privacy on all
-    models, and 1.1 to 1.7 times its memory; the loop 1.04 to 1.5 times the time from 128 tokens on, and 2.8 to 5.5
-    below. Where memory is short, name the loop: its own hardly grows with the batch (22 MB against 388 at 8 images of
-    576 tokens, 27 against 1724 at 32).
+    By `benchmarks/results/clipping.md`, book-keeping takes 1.1 to 1.5 times the time of a step without privacy on all
+    models, and 1.0 to 1.4 times its memory; the loop 1.0 to 1.6 times the time from 128 tokens on, and 3.1 to 5.9
+    below. Where memory is short, name the loop: its own hardly grows with the batch (30 MB against 439 at 8 images of
+    576 tokens, 30 against 1769 at 32).
 
     What only a pass can show, book-keeping refuses with an error; it is then the caller's to take the loop.
     """
