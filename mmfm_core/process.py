@@ -20,9 +20,8 @@ def one_thread() -> None:
 def keep_memory() -> None:
     """Keep up to 1 GiB of freed memory for the next step, instead of giving it back and asking for it again.
 
-    With glibc's own thresholds each training step of images does that, page by page: two thirds of the page faults of
-    the examples 'vessels' and 'mri-lesions', and a tenth of their steps' CPU time. The peak of memory is the same.
-    Other C libraries have no such thresholds, and are left alone.
+    With glibc's own thresholds each training step of images does that, page by page. Other C libraries have no such
+    thresholds, and are left alone.
     """
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)
     if adjust is not None:

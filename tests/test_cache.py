@@ -1,4 +1,4 @@
-"""What a site derived from its patients goes when nothing used it for a month, and not before."""
+"""What a site derived from its patients goes when nothing used it for long, and not before."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ def older(path: Path, days: float) -> Path:
     return path
 
 
-def test_only_what_was_not_used_for_a_month_goes_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_only_what_was_not_used_for_long_goes_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     old = [aged(tmp_path / name, KEPT_DAYS + 1) for name in ("images/a.npy", "abc/b.safetensors")]
     recent = [aged(tmp_path / name, KEPT_DAYS - 1) for name in ("images/c.npy", "abc/d.safetensors")]

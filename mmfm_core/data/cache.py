@@ -1,4 +1,4 @@
-"""A site's folder of what it derived from its patients: what nothing has used for a month is deleted.
+"""A site's folder of what it derived from its patients: what nothing has used for long is deleted.
 
 A patient who is taken out of a manifest leaves decoded images and features behind, and so does every modality that a
 document does not use any more.
@@ -13,7 +13,9 @@ from pathlib import Path
 CACHE = "cache"
 """Its name in the site's directory."""
 
-KEPT_DAYS = 30
+KEPT_DAYS = 90
+"""Longer than a run, whose agent may open a file once at its beginning, and again only when it is restarted."""
+
 DERIVED = {".npy", ".safetensors"}
 
 log = logging.getLogger(__name__)

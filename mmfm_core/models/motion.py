@@ -15,8 +15,8 @@ STILL = 0.2
 def draws(studies: int, device: torch.device) -> Tensor:
     """How each study is moved, between -1 and 1 of what its images allow: angle, scale, shift of each axis, [B, 3, 3].
 
-    Few draws of a kind make all images of a study move alike; one and the same draw serves 2D (its first two axes, and
-    the first angle) and 3D. It follows torch's generator, like all that a site draws in training.
+    Uniform, from torch's generator, like all that a site draws in training. One draw serves all images of a study,
+    those in 2D by the first angle and the first two axes.
     """
     moved = torch.rand(studies, 1, 1, device=device) >= STILL
     return torch.where(moved, 2 * torch.rand(studies, 3, 3, device=device) - 1, 0.0)

@@ -26,7 +26,7 @@ class Scale:
 
     Attributes:
         factors: [N]. Where one is zero the product is zero, even of what is not finite.
-        kept: where they are not zero, [N] bool; None where none is.
+        kept: which of them are not zero, [N] bool; None where all are.
     """
 
     factors: Tensor
