@@ -15,6 +15,7 @@ from client import limits
 from client.place import Place
 from mmfm_core.config import Federation, Site
 from mmfm_core.errors import MmfmError
+from mmfm_core.process import importing
 
 GB = 10**9
 ROOM = 2 * GB  # of disk: for the log, kept states and predictions of a small model
@@ -100,10 +101,11 @@ def _available() -> int:
 
 def _document(place: Place, site: Site, document: str) -> Iterator[Finding]:
     """Everything that a round would need, short of the coordinator's tensors: every file is read, one step is made."""
-    from client import gates
-    from client.agent import Agent
-    from mmfm_core.models.model import seeded
-    from mmfm_core.training.steps import train
+    with importing():
+        from client import gates
+        from client.agent import Agent
+        from mmfm_core.models.model import seeded
+        from mmfm_core.training.steps import train
 
     federation = gates.approved(place.directory / "approved", document)
     named = f"'{federation.name}' ({document[:12]})"

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from client.place import Place
-from mmfm_core.process import one_thread
+from mmfm_core.process import importing, one_thread
 
 site = typer.Typer(
     name="site",
@@ -105,8 +105,9 @@ def approve(
 ) -> None:
     """Show in words what a document would run, read and send from here, and approve it. This is consent: read it."""
     one_thread()
-    from client.approval import approve as agree
-    from client.approval import propose, sentences
+    with importing():
+        from client.approval import approve as agree
+        from client.approval import propose, sentences
 
     place = Place.of(directory)
     proposal = propose(place, federation)

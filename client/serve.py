@@ -9,7 +9,7 @@ from client import limits, logs
 from client.place import Place
 from client.service import Service, serving
 from mmfm_core.data.cache import CACHE, sweep
-from mmfm_core.process import keep_memory
+from mmfm_core.process import importing, keep_memory
 
 OVERDUE = 75  # the exit code of a request that took too long: a temporary failure, start again
 POLL_SECONDS = 0.2
@@ -28,7 +28,8 @@ def serve(place: Place) -> None:
     logs.start(site.name)
     keep_memory()
     sweep(place.directory / CACHE)
-    from client.agent import Agent  # torch
+    with importing():
+        from client.agent import Agent
 
     agent = Agent.open(place.directory)
     limits.hold(site.limits, place.directory / "site.yaml")

@@ -1,5 +1,6 @@
 """The command `mmfm`: gathers the commands that the installed packages declare, and turns errors into sentences."""
 
+import gc
 import os
 import sys
 from importlib.metadata import entry_points
@@ -51,3 +52,5 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    finally:
+        gc.freeze()  # or Python looks for garbage among all that it is about to leave, for a second

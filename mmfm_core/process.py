@@ -1,7 +1,10 @@
 """How a process that computes takes a machine: the one place that decides its threads and its memory."""
 
 import ctypes
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 KEPT = 1 << 30
@@ -27,3 +30,18 @@ def keep_memory() -> None:
     if adjust is not None:
         adjust(TRIM_THRESHOLD, KEPT)
         adjust(MMAP_THRESHOLD, LARGEST_KEPT)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import large libraries inside it: among the million objects they make, no garbage is looked for, now or later.
+
+    Python would look a hundred times on the way, in every full collection of a training, and once more at the end; and
+    a forked process would copy what it looks at. The remedy is that of Python's documentation of `gc.freeze`.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from mmfm_core.errors import MmfmError
-from mmfm_core.process import one_thread
+from mmfm_core.process import importing, one_thread
 
 DEMO_DATA = Path("runs/demo-data")
 
@@ -50,8 +50,9 @@ def simulate(
 ) -> None:
     """Simulate a federation on this machine: every hospital, all rounds, a report at the end."""
     one_thread()
-    from server.simulation import Request
-    from server.simulation import simulate as run_simulation
+    with importing():
+        from server.simulation import Request
+        from server.simulation import simulate as run_simulation
 
     run_simulation(
         Request(
@@ -72,8 +73,9 @@ def plan(
 ) -> None:
     """Print what a federation would do: sites, parameters and their fate, bytes per round, minutes. Trains nothing."""
     one_thread()
-    from server.plan import show_plan
-    from server.privacy import Wish
+    with importing():
+        from server.plan import show_plan
+        from server.privacy import Wish
 
     wish = None if epsilon is None and noise is None else Wish(epsilon, noise, delta)
     show_plan(federation, _sites_file(federation, sites), Console(), wish)
@@ -88,7 +90,8 @@ def survey(
 
     Each site answers in counts that its file's `release.min_count` lets out. No image is opened and nothing is trained.
     """
-    from server.survey import survey as run_survey
+    with importing():
+        from server.survey import survey as run_survey
 
     run_survey(federation, _sites_file(federation, sites), json, Console())
 
@@ -105,7 +108,8 @@ def audit(
     made up so that they show the most. Exit code 1 if an attack finds more than is promised.
     """
     one_thread()
-    from server.audit import audit as run_audit
+    with importing():
+        from server.audit import audit as run_audit
 
     if not run_audit(federation, canaries, models, json, Console()):
         raise typer.Exit(1)
@@ -127,8 +131,9 @@ def compare(
     pooled.
     """
     one_thread()
-    from server.compare import compare as run_comparison
-    from server.methods import METHODS
+    with importing():
+        from server.compare import compare as run_comparison
+        from server.methods import METHODS
 
     names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",") if name.strip()]
     run_comparison(federation, _sites_file(federation, sites), names, seeds, run, Console())

@@ -6,6 +6,7 @@ a document names them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,6 +17,7 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from mmfm_core.config.strict import Name, Strict, did_you_mean
+from mmfm_core.process import importing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,6 +70,9 @@ def chosen_from(registry: Mapping[str, str]) -> Callable[[Any], Any]:
 def described(registry: Mapping[str, str], name: str) -> type[Part]:
     """The class that describes the part `name`; imports the part's own file, and with it what it computes with."""
     module, _, described_by = registry[name].partition(":")
+    if module not in sys.modules:
+        with importing():
+            import_module(module)
     part: type[Part] = getattr(import_module(module), described_by)
     return part
 
