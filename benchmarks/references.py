@@ -104,7 +104,7 @@ def affine(run: Path, head: str, metric: str, table: pd.DataFrame) -> float:
 
 
 def _value(federation: Federation, head: str, metric: str, table: pd.DataFrame) -> float:
-    value = measure(federation.model.heads[head], metric, table)[0]
+    value = measure(federation.model.heads[head], [metric], table)[metric][0]
     return np.nan if value is None else value
 
 

@@ -10,7 +10,8 @@ import pandas as pd
 
 from client.simulated import site_directories
 from mmfm_core.config.part import HeadConfig
-from mmfm_core.metrics.statistic import Statistic, bootstrap
+from mmfm_core.metrics.ranking import Floats
+from mmfm_core.metrics.statistic import Statistic, draws, estimate
 from mmfm_core.storage import write_json
 from server.record import Run
 
@@ -71,21 +72,24 @@ def _compare_task(tables: Mapping[str, Table], head: HeadConfig, metric: str) ->
         "sites": sites,
         "mean_of_sites": {m: float(np.mean(values)) if values else None for m, values in defined.items()},
         "worst_site": {m: min(values) if values else None for m, values in defined.items()},
-        "all_patients": {m: _estimate(head.statistic(metric, table), table) for m, table in everyone.items()},
+        "all_patients": {
+            m: _estimate(head.statistic(metric, table), draws(list(table["patient"]))) for m, table in everyone.items()
+        },
     }
 
 
 def _compare_site(site: str, table: Table, head: HeadConfig, metric: str) -> dict[str, Any]:
     first = next(iter(table.values()))
     statistics = {method: head.statistic(metric, predictions) for method, predictions in table.items()}
+    weights = draws(list(first["patient"]))
     return {
         "site": site,
         "studies": len(first),
         "patients": int(first["patient"].nunique()),
         "classes": head.counts(first),
-        "results": {method: _estimate(statistic, first) for method, statistic in statistics.items()},
+        "results": {method: _estimate(statistic, weights) for method, statistic in statistics.items()},
         "differences": {
-            f"{a} - {b}": _estimate(_difference(statistics[a], statistics[b]), first)
+            f"{a} - {b}": _estimate(_difference(statistics[a], statistics[b]), weights)
             for a, b in DIFFERENCES
             if a in statistics and b in statistics
         },
@@ -101,7 +105,7 @@ def _difference(a: Measured, b: Measured) -> Measured:
     return a - b
 
 
-def _estimate(statistic: Measured, table: pd.DataFrame) -> Value:
-    figures = bootstrap(statistic, list(table["patient"])) if callable(statistic) else (statistic, None, None)
+def _estimate(statistic: Measured, weights: Floats) -> Value:
+    figures = estimate(statistic, weights) if callable(statistic) else (statistic, None, None)
     known = (None if figure is None or math.isnan(figure) else figure for figure in figures)
     return dict(zip(("value", "low", "high"), known, strict=True))

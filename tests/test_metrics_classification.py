@@ -7,11 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from mmfm_core.metrics.classification import macro_auroc, macro_point, measurable
+from mmfm_core.metrics.classification import mean_of_findings, measurable
 from mmfm_core.metrics.ranking import MIN_OF_CLASS
 from mmfm_core.models import _torchvision_ops  # noqa: F401
 
 from torchmetrics.functional.classification import multilabel_auroc  # isort: skip
+
+ONES = np.ones((1, 60))
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -29,7 +31,7 @@ def random_findings(seed, studies=60, findings=4, unlabelled=0.3):
 @given(st.integers(0, 2**32 - 1))
 def test_macro_auroc_is_that_of_torchmetrics(seed):
     probabilities, targets = random_findings(seed)
-    statistic = macro_auroc(probabilities, targets)
+    statistic = mean_of_findings("auroc", probabilities, targets)
     expected = multilabel_auroc(
         torch.from_numpy(probabilities), torch.from_numpy(np.nan_to_num(targets, nan=-1)).long(), 4, ignore_index=-1
     )
@@ -45,10 +47,10 @@ def test_weights_weigh_the_studies_of_every_finding(seed):
     for scores, truth in zip(probabilities.T, targets.T, strict=True):
         labelled = np.isfinite(truth)
         expected.append(roc_auc_score(truth[labelled], scores[labelled], sample_weight=weights[labelled]))
-    assert macro_auroc(probabilities, targets)(weights[None])[0] == pytest.approx(np.mean(expected))
+    assert mean_of_findings("auroc", probabilities, targets)(weights[None])[0] == pytest.approx(np.mean(expected))
 
 
-def test_point_values_are_means_over_findings_of_their_labelled_studies():
+def test_values_are_means_over_findings_of_their_labelled_studies():
     probabilities, targets = random_findings(0)
     expected = {"auprc": [], "f1": [], "ece": []}
     for scores, truth in zip(probabilities.T, targets.T, strict=True):
@@ -59,7 +61,7 @@ def test_point_values_are_means_over_findings_of_their_labelled_studies():
         gaps = [abs(shown[bins == b].mean() - true[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
         expected["ece"].append(sum(gaps))
     for metric, values in expected.items():
-        assert macro_point(metric, probabilities, targets) == pytest.approx(np.mean(values), abs=1e-6), metric
+        assert mean_of_findings(metric, probabilities, targets)(ONES)[0] == pytest.approx(np.mean(values)), metric
 
 
 def test_a_finding_with_a_handful_of_a_class_is_left_out():
@@ -71,9 +73,8 @@ def test_a_finding_with_a_handful_of_a_class_is_left_out():
     wrong[0] = 0
     both = np.hstack([probabilities, wrong])
     assert measurable(both, wider) == [0, 1, 2, 3]
-    ones = np.ones((1, 60))
-    assert macro_auroc(both, wider)(ones) == macro_auroc(probabilities, targets)(ones)
-    assert macro_point("f1", both, wider) == macro_point("f1", probabilities, targets)
+    assert mean_of_findings("auroc", both, wider)(ONES) == mean_of_findings("auroc", probabilities, targets)(ONES)
+    assert mean_of_findings("f1", both, wider)(ONES) == mean_of_findings("f1", probabilities, targets)(ONES)
     few[MIN_OF_CLASS - 1] = 1
     assert measurable(both, np.hstack([targets, few, 1 - few])) == [0, 1, 2, 3, 4, 5]
 
@@ -81,12 +82,12 @@ def test_a_finding_with_a_handful_of_a_class_is_left_out():
 def test_without_a_measurable_finding_there_is_no_value():
     probabilities, targets = random_findings(2)
     nowhere = np.full_like(targets, np.nan)
-    assert macro_auroc(probabilities, nowhere) is None
-    assert macro_point("ece", probabilities, nowhere) is None
+    assert mean_of_findings("auroc", probabilities, nowhere) is None
+    assert mean_of_findings("ece", probabilities, nowhere) is None
 
 
 def test_a_model_that_gives_no_finite_probability_has_no_value():
     probabilities, targets = random_findings(3)
     probabilities[7, 2] = np.nan
-    assert macro_auroc(probabilities, targets) is None
-    assert macro_point("auprc", probabilities, targets) is None
+    assert mean_of_findings("auroc", probabilities, targets) is None
+    assert mean_of_findings("auprc", probabilities, targets) is None

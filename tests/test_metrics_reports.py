@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from mmfm_core.metrics.reports import bleu4, bleu_counts, distinct, macro_f1, micro_f1, rouge_l
+from mmfm_core.metrics.binary import f1
+from mmfm_core.metrics.reports import bleu4, bleu_counts, distinct, macro_f1, rouge_l
 from mmfm_core.models import _torchvision_ops  # noqa: F401
 
 from torchmetrics.text import BLEUScore  # isort: skip
@@ -73,7 +74,7 @@ def test_finding_f1_is_that_of_scikit_learn(seed):
     stated, true = rng.random((2, 12, 5)) < rng.random(5)
     weights = rng.integers(0, 3, (3, 12)).astype(float)
     weights[:, 0], stated[0, 0], true[0, 0] = 1, True, True  # one finding at least
-    for average, statistic in (("micro", micro_f1), ("macro", macro_f1)):
+    for average, statistic in (("micro", f1), ("macro", macro_f1)):
         settings_of = {"average": average, "zero_division": np.nan}
         expected = [f1_score(true, stated, sample_weight=row, **settings_of) for row in weights]
         np.testing.assert_allclose(statistic(stated, true)(weights), expected)
@@ -81,5 +82,5 @@ def test_finding_f1_is_that_of_scikit_learn(seed):
 
 def test_findings_that_nobody_states_have_no_f1():
     nothing = np.zeros((3, 2), dtype=bool)
-    assert np.isnan(micro_f1(nothing, nothing)(np.ones((1, 3)))).all()
+    assert np.isnan(f1(nothing, nothing)(np.ones((1, 3)))).all()
     assert np.isnan(macro_f1(nothing, nothing)(np.ones((1, 3)))).all()

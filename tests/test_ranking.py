@@ -60,7 +60,7 @@ def test_the_interval_is_that_of_drawing_patients_one_by_one():
 
 def value_of(metric: str, probabilities: torch.Tensor, targets: torch.Tensor) -> float | None:
     found = one_of_several(metric, probabilities.numpy(), targets.numpy())
-    return float(found(np.ones((1, len(targets))))[0]) if callable(found) else found
+    return None if found is None else float(found(np.ones((1, len(targets))))[0])
 
 
 def test_ranking_metrics_are_undefined_below_five_of_a_class():
@@ -91,7 +91,7 @@ def test_a_certain_prediction_has_its_place_among_the_bins_of_calibration():
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_point_metrics_equal_scikit_learn(classes):
+def test_metrics_equal_scikit_learn(classes):
     generator = torch.Generator().manual_seed(classes)
     targets = torch.randint(0, classes, (80,), generator=generator)
     probabilities = torch.randn(80, classes, generator=generator).softmax(1).double()
@@ -114,4 +114,4 @@ def test_point_metrics_equal_scikit_learn(classes):
         "ece": error,
     }
     for metric, value in expected.items():
-        assert value_of(metric, probabilities, targets) == pytest.approx(value, abs=1e-5), metric
+        assert value_of(metric, probabilities, targets) == pytest.approx(value), metric

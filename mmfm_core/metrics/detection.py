@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mmfm_core.metrics.binary import Bools
 from mmfm_core.metrics.ranking import Floats
 from mmfm_core.metrics.statistic import Statistic, macro, quotient
 
@@ -16,8 +17,6 @@ AP50 = (0.5,)
 COCO = tuple(np.linspace(0.5, 0.95, 10).tolist())
 MAX_DETECTIONS = 100
 RECALLS = np.linspace(0, 1, 101)
-
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mmfm_core.metrics.binary import Bools, f1
 from mmfm_core.metrics.ranking import Floats
-from mmfm_core.metrics.statistic import Statistic, macro, quotient, ratio_of
+from mmfm_core.metrics.statistic import Statistic, macro, quotient
 from mmfm_core.models import _torchvision_ops  # noqa: F401  (torchmetrics imports torchvision)
 
 from torchmetrics.functional.text import rouge_score  # isort: skip
 from torchmetrics.text import BLEUScore  # isort: skip
-
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,9 @@ def distinct(generated: Sequence[str]) -> float:
     return len({tuple(report.split()) for report in generated}) / len(generated) if generated else float("nan")
 
 
-def micro_f1(stated: Bools, true: Bools) -> Statistic:
-    """F1 over all findings and studies together, from findings stated by the generated and true reports, [N, F]."""
-    return ratio_of(2.0 * (stated & true).sum(1), stated.sum(1) + true.sum(1).astype(float))
-
-
 def macro_f1(stated: Bools, true: Bools) -> Statistic:
     """Mean over findings of their F1, from findings stated by the generated and true reports, [N, F].
 
     A finding that neither states, at a row of weights, has no F1 and is left out of that mean.
     """
-    return macro([micro_f1(stated[:, [finding]], true[:, [finding]]) for finding in range(true.shape[1])])
+    return macro([f1(stated[:, finding], true[:, finding]) for finding in range(true.shape[1])])

@@ -57,9 +57,20 @@ def bootstrap(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
-    if not len(patients):
+    return estimate(statistic, draws(patients, resamples, seed))
+
+
+def draws(patients: Sequence[str], resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+    """Study weights [1 + R, N], all one first: what `bootstrap` draws, for who estimates several statistics."""
+    drawn = [patient_resamples(patients, resamples, seed)] if len(patients) else []
+    return np.vstack([np.ones((1, len(patients))), *drawn])
+
+
+def estimate(statistic: Statistic, weights: Floats) -> tuple[float, float, float]:
+    """See `bootstrap`, at weights that `draws` gave."""
+    if not weights.shape[1]:
         return UNDEFINED
-    values = statistic(np.vstack([np.ones(len(patients)), patient_resamples(patients, resamples, seed)]))
+    values = statistic(weights)
     if not np.isfinite(values[1:]).any():
         return float(values[0]), *UNDEFINED[1:]
     return interval(values)

@@ -1,6 +1,6 @@
 """Evaluation of a model on a site's own patients."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 
@@ -11,12 +11,15 @@ from mmfm_core.config.federation import Federation
 from mmfm_core.config.part import HeadConfig
 from mmfm_core.config.site import Split
 from mmfm_core.data.dataset import Dataset
-from mmfm_core.metrics.statistic import bootstrap, known
+from mmfm_core.metrics.ranking import Floats
+from mmfm_core.metrics.statistic import Statistic, draws, estimate, known
 from mmfm_core.models.model import MultimodalModel
 from mmfm_core.models.tasks import Encoding, Head
 from mmfm_core.protocol import Metric
 
 BATCH = 64
+
+Figure = tuple[float | None, float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,23 @@ def predict(
 def metrics_of(predictions: Predictions, federation: Federation, split: Split, state: str) -> list[Metric]:
     """The document's metrics of some predictions; `state` is 'shared' or 'adapted'."""
     head, table = federation.model.heads[predictions.head], predictions.table
+    figures = measure(head, federation.metrics_of(predictions.head), table)
     return [
         Metric(predictions.head, state, split, metric, value, len(table), low, high)
-        for metric in federation.metrics_of(predictions.head)
-        for value, low, high in [measure(head, metric, table)]
+        for metric, (value, low, high) in figures.items()
     ]
 
 
-def measure(head: HeadConfig, metric: str, table: pd.DataFrame) -> tuple[float | None, float | None, float | None]:
-    """A metric's value (None where undefined) and its 95 % interval over patients (None where there is none)."""
-    statistic = head.statistic(metric, table)
+def measure(head: HeadConfig, metrics: Sequence[str], table: pd.DataFrame) -> dict[str, Figure]:
+    """Each metric's value (None where undefined) and its 95 % interval over patients (None where there is none)."""
+    weights = draws(list(table["patient"]))
+    return {metric: _figure(head.statistic(metric, table), weights) for metric in metrics}
+
+
+def _figure(statistic: Statistic | float | None, weights: Floats) -> Figure:
     if not callable(statistic):
         return statistic, None, None
-    value, low, high = bootstrap(statistic, list(table["patient"]))
+    value, low, high = estimate(statistic, weights)
     return known(value), known(low), known(high)
 
 

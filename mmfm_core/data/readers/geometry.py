@@ -6,6 +6,7 @@ axes only, and scipy's and monai's zooms round the spacing to a whole number of 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -43,11 +44,8 @@ def resample(values: np.ndarray, size: Sequence[int], step: Sequence[float]) -> 
     The separable triangle filter of Pillow's BILINEAR, for any number of axes. float32 [*shape] -> [*size].
     """
     for axis, (length, pixels, width) in enumerate(zip(values.shape, size, step, strict=True)):
-        at = _coordinates(length, pixels, width)
-        weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(length)) / max(width, 1))
-        weights *= _inside(at, length)[:, None]
-        weights /= np.maximum(weights.sum(1, keepdims=True), 1e-9)
-        values = np.moveaxis(np.tensordot(weights.astype(np.float32), values, (1, axis)), 0, axis)
+        if (length, width) != (pixels, 1):
+            values = np.moveaxis(np.tensordot(_weights(length, pixels, width), values, (1, axis)), 0, axis)
     return np.ascontiguousarray(values)
 
 
@@ -60,6 +58,15 @@ def resample_labels(labels: np.ndarray, size: Sequence[int], step: Sequence[floa
         column = _inside(at, length).reshape([-1 if a == axis else 1 for a in range(labels.ndim)])
         labels = np.where(column, labels.take(nearest, axis), 0)
     return labels
+
+
+@lru_cache(maxsize=16)  # the images of a modality mostly have one size
+def _weights(length: int, pixels: int, width: float) -> np.ndarray:
+    at = _coordinates(length, pixels, width)
+    weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(length)) / max(width, 1))
+    weights *= _inside(at, length)[:, None]
+    weights /= np.maximum(weights.sum(1, keepdims=True), 1e-9)
+    return weights.astype(np.float32)
 
 
 def _coordinates(length: int, pixels: int, step: float) -> np.ndarray:

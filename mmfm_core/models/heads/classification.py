@@ -19,6 +19,7 @@ from mmfm_core.data.manifest import Study
 from mmfm_core.data.table import Table
 from mmfm_core.errors import MmfmError
 from mmfm_core.metrics.binned import Ranking
+from mmfm_core.metrics.multiclass import one_of_several
 from mmfm_core.metrics.statistic import Statistic
 from mmfm_core.models.tasks import Encoding, Head
 from mmfm_core.text import Tokenizer
@@ -63,10 +64,8 @@ class Classification(HeadConfig):
         """The head, with random weights."""
         return ClassificationHead(name, model.dim, self)
 
-    def statistic(self, metric: str, table: pd.DataFrame) -> Statistic | float | None:
-        """See `mmfm_core.metrics.classification`; nothing is defined on probabilities that are not finite."""
-        from mmfm_core.metrics.multiclass import one_of_several  # torchmetrics: seconds, for who measures nothing
-
+    def statistic(self, metric: str, table: pd.DataFrame) -> Statistic | None:
+        """See `mmfm_core.metrics.multiclass`; nothing is defined on probabilities that are not finite."""
         return one_of_several(metric, self._probabilities(table), table["target"].to_numpy())
 
     @property

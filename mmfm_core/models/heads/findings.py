@@ -21,6 +21,7 @@ from mmfm_core.data.manifest import Study
 from mmfm_core.data.table import Table, as_number
 from mmfm_core.errors import MmfmError
 from mmfm_core.metrics.binned import Ranking
+from mmfm_core.metrics.classification import mean_of_findings
 from mmfm_core.metrics.statistic import Statistic
 from mmfm_core.models.tasks import Encoding, Head
 from mmfm_core.text import Tokenizer
@@ -89,12 +90,10 @@ class Findings(HeadConfig):
         """The head, with random weights, or at its prior."""
         return FindingsHead(name, model.dim, self)
 
-    def statistic(self, metric: str, table: pd.DataFrame) -> Statistic | float | None:
+    def statistic(self, metric: str, table: pd.DataFrame) -> Statistic | None:
         """The mean over the findings with enough labels of both kinds; see `mmfm_core.metrics.classification`."""
-        from mmfm_core.metrics.classification import macro_auroc, macro_point  # torchmetrics: seconds
-
         probabilities, targets = (table[[f"{c}_{f}" for f in self.findings]].to_numpy(float) for c in "py")
-        return macro_auroc(probabilities, targets) if metric == "auroc" else macro_point(metric, probabilities, targets)
+        return mean_of_findings(metric, probabilities, targets)
 
     @property
     def ranked(self) -> tuple[str, ...]:

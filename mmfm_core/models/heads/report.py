@@ -22,6 +22,7 @@ from mmfm_core.data.manifest import Study
 from mmfm_core.data.table import Table
 from mmfm_core.errors import MmfmError
 from mmfm_core.metrics import reports
+from mmfm_core.metrics.binary import Bools, f1
 from mmfm_core.metrics.statistic import Statistic, mean_of
 from mmfm_core.models.encoders.vit import check_transformer
 from mmfm_core.models.model import seeded
@@ -122,8 +123,8 @@ class Report(HeadConfig):
                 return mean_of(reports.rouge_l(generated, references))
             case "distinct":
                 return reports.distinct(generated)
-        f1 = reports.micro_f1 if metric == "finding_f1" else reports.macro_f1
-        return f1(stated_in(generated), stated_in(references))
+        over_findings = f1 if metric == "finding_f1" else reports.macro_f1
+        return over_findings(stated_in(generated), stated_in(references))
 
 
 def words(report: str) -> str:
@@ -134,7 +135,7 @@ def words(report: str) -> str:
     return " ".join(re.findall(r"\w+|[^\w\s]", report.lower()))
 
 
-def stated_in(texts: Sequence[str]) -> reports.Bools:
+def stated_in(texts: Sequence[str]) -> Bools:
     """The findings that each report states, and whether it is normal, [N, F]."""
     # The rules know sentences by their full stops, and hyphenated words, as they are written.
     written = [re.sub(r" ([.,;:?!])", r"\1", text.replace(" - ", "-")) for text in texts]
