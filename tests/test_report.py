@@ -12,9 +12,12 @@ import pytest
 from tiny import private_federation, tiny_federation
 
 from mmfm_core.config import Federation
+from mmfm_core.config.part import described
 from mmfm_core.errors import MmfmError
+from mmfm_core.registry import HEADS
 from server.record import Run
 from server.report import write_report
+from server.report.wording import METRICS
 
 HOSTILE = "<script>alert(1)</script>"
 INTERVALS = {"above": (0.03, 0.01, 0.05), "across": (0.02, -0.01, 0.05), "below": (-0.04, -0.08, -0.01)}
@@ -343,6 +346,34 @@ def test_every_subset_of_modalities_that_was_measured_has_its_row(tmp_path: Path
     ]
     assert page.row("north")["FedAvg + adapted head"].startswith("0.750")  # of all modalities, as before
     assert not any(row[:1] == ["Shown"] for row in page_of(make_run(tmp_path / "none")).rows)
+
+
+def test_every_metric_that_a_document_asks_for_has_its_row(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    line = {"round": 3, "stage": "adapt", "task": "disease", "split": "test", "n": 20}
+    for site, metric, model, figure in (
+        ("south", "ece", "adapted", None),
+        ("north", "auprc", "shared", 0.3),
+        ("north", "auprc", "adapted", 0.4),
+        ("south", "auprc", "shared", 0.6),
+        ("north", HOSTILE, "adapted", 0.1),
+    ):
+        run.record(**line, site=site, metric=metric, model=model, value=figure, low=figure, high=figure)
+    run.record(**line | {"split": "val"}, site="north", metric="f1", model="shared", value=0.9)
+    run.record(**line, site="north", metric="auprc", model="adapted", modalities="note", value=0.2)
+    page = page_of(run)
+    start = page.rows.index(["Figure", "north", "south", "Mean of hospitals"])
+    assert page.rows[start + 1 : start + 3] == [
+        ["AUPRC", "0.400 [0.400, 0.400]", "0.600 [0.600, 0.600]", "0.500"],
+        ["Calibration error", "not measured", "undefined", "–"],
+    ]
+    assert HOSTILE not in page.text
+    assert not any(row[:1] == ["Figure"] for row in page_of(make_run(tmp_path / "none")).rows)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_metric_of_every_head_is_told_in_words(head: str) -> None:
+    assert set(described(HEADS, head).METRICS) <= METRICS.keys()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("adapted", [True, False])

@@ -17,8 +17,8 @@ from mmfm_core.privacy.statement import statement
 from mmfm_core.storage import write_text
 from server.record import Run, read_lines
 from server.report import history, wording
+from server.report.further import others_of, subsets_of
 from server.report.results import Line, read_results
-from server.report.subsets import subsets_of
 from server.sites import how_counts_are_told
 
 NEWEST_EVENTS = 200
@@ -70,6 +70,7 @@ def render(run: Run) -> str:
         opening=wording.opening(federation, facts, done, simulated),
         noised=not simulated and federation.privacy is not None and federation.privacy.figures == "noised",
         tasks=tasks,
+        others={task.task: others_of(task.task, federation, lines) for task in tasks},
         subsets={task.task: subsets_of(task.task, federation, lines) for task in tasks},
         findings=wording.findings,
         labels=wording.LABELS,

@@ -25,6 +25,22 @@ METRICS = {
         "other one scores high too.",
     ),
     "dice": ("Dice", "Overlap of the drawn and the true region: 1 is the same region, 0 is no overlap."),
+    "dice_before": ("Dice, unregistered", "The same overlap before the images were brought together."),
+    "tre": (
+        "Landmark error",
+        "How far apart landmarks, or curves, are after registration (TRE), in mm, or pixels of 2D images. Lower is "
+        "better.",
+    ),
+    "tre_before": ("Landmark error, unregistered", "The same distance before the images were brought together."),
+    "folding": (
+        "Folding",
+        "The share of the image where the deformation is not one to one, which no tissue can do. Lower is better.",
+    ),
+    "similarity": (
+        "Similarity",
+        "How alike the registered images are, by the measure that the model is trained with. Higher is better.",
+    ),
+    "similarity_before": ("Similarity, unregistered", "The same before the images were brought together."),
     "hd95": (
         "Boundary error (HD95)",
         "How far the outlines are apart at their 95th percentile, in pixels or voxels of the model. Lower is better.",
@@ -41,6 +57,10 @@ METRICS = {
         "Finding F1",
         "Whether the written and the true report state the same findings, as a rule-based reader finds them.",
     ),
+    "finding_f1_macro": (
+        "Finding F1, macro",
+        "The same for each finding alone, then averaged, so that rare findings count as much as common ones.",
+    ),
     "distinct": (
         "Distinct reports",
         "The share of written reports that differ from all others; near 0 it repeats itself.",
@@ -49,6 +69,13 @@ METRICS = {
         "Recall@10",
         "How often the right partner is among the first ten found, from image to text and back.",
     ),
+    "image_to_text_at_10": ("Image to text@10", "How often an image's own report is among the first ten found."),
+    "text_to_image_at_10": ("Text to image@10", "How often a report's own image is among the first ten found."),
+    "recall_at_1": ("Recall@1", "How often the right partner is the first one found, from image to text and back."),
+    "recall_at_5": ("Recall@5", "How often the right partner is among the first five found."),
+    "mrr": ("Mean reciprocal rank", "One over the place of the right partner, on average: 1 is always the first."),
+    "image_to_text_chance_at_10": ("Image to text@10 by chance", "What guessing would reach."),
+    "text_to_image_chance_at_10": ("Text to image@10 by chance", "What guessing would reach."),
     "ece": (
         "Calibration error",
         "How far the stated probabilities are from what happened, on average (ECE). 0 is perfect, lower is better.",
