@@ -59,18 +59,23 @@ class Evidence:
     errors: Mapping[str, float]
     instead_of: str = ""
 
-    def site(self, method: str, site: str) -> Figure:
-        """One site's figure."""
-        return Figure.of(self.draws[method][site])
+    def site(self, method: str, site: str, minus: str | None = None) -> Figure:
+        """One site's figure, or its difference to another method's; a single patient gives no interval."""
+        draws = self.draws[method][site] - (self.draws[minus][site] if minus else 0)
+        return Figure.of(draws if self.patients[site] > 1 else draws[:1])
 
     def mean_of_sites(self, method: str) -> Draws:
         """Every site counts the same; those where the figure is undefined do not count."""
-        return np.asarray(np.mean([self.draws[method][site] for site in self.defined], axis=0))
+        return self._mean(method, [1] * len(self.defined))
 
     def mean_of_patients(self, method: str) -> Draws:
         """Every site counts by its test patients."""
-        weights = [self.patients[site] for site in self.defined]
-        return np.asarray(np.average([self.draws[method][site] for site in self.defined], axis=0, weights=weights))
+        return self._mean(method, [self.patients[site] for site in self.defined])
+
+    def _mean(self, method: str, weights: Sequence[float]) -> Draws:
+        mean = np.average([self.draws[method][site] for site in self.defined], axis=0, weights=weights)
+        drawn = any(self.patients[site] > 1 for site in self.defined)
+        return np.asarray(mean if drawn else mean[:1])
 
     def worst_site(self, method: str) -> tuple[str, float]:
         """The site with the lowest figure."""

@@ -58,10 +58,8 @@ def markdown_table(e: Evidence, costs: Mapping[str, Cost]) -> str:
     return "\n".join(lines)
 
 
-def difference(e: Evidence, method: str, site: str | None = None) -> Figure:
-    """A method minus the reference on the same draws, at one site or in the mean of sites."""
-    if site is not None:
-        return Figure.of(e.draws[method][site] - e.draws[REFERENCE][site])
+def difference(e: Evidence, method: str) -> Figure:
+    """A method minus the reference on the same draws, in the mean of sites."""
     return Figure.of(e.mean_of_sites(method) - e.mean_of_sites(REFERENCE))
 
 
@@ -79,6 +77,10 @@ def sentences(e: Evidence) -> list[str]:
     found = {method: difference(e, method) for method in others}
     if any(math.isnan(figure.low) for figure in found.values()):
         return [*told, f"{e.metric} has no interval here, so nothing is said about what differs beyond noise."]
+    if single := [site for site in e.defined if e.patients[site] == 1]:
+        told.append(
+            f"One test patient varies in no draw: with {', '.join(single)} intervals of the mean are too narrow."
+        )
     for verb, ahead in (("better", lambda f: f.low > 0), ("worse", lambda f: f.high < 0)):
         named = [f"{METHODS[m].title} ({_signed(f)})" for m, f in found.items() if ahead(f)]
         if named:
@@ -101,7 +103,7 @@ def _harm(e: Evidence) -> list[str]:
     """Sites where the reference ends below the better of its bounds: each site alone, and what is shared as it is."""
     told = []
     for bound in (bound for bound in BOUNDS if bound in e.draws):
-        below = [s for s in e.defined if Figure.of(e.draws[REFERENCE][s] - e.draws[bound][s]).high < 0]
+        below = [s for s in e.defined if e.site(REFERENCE, s, bound).high < 0]
         place = f"below it at {', '.join(below)}" if below else "at no site below it"
         told.append(f"Against {METHODS[bound].title}, FedAvg + adaptation is {place} beyond noise.")
     return told
@@ -144,7 +146,7 @@ def plot(found: Sequence[Evidence]) -> str:
                 mean = difference(e, method)
                 axis.plot([mean.low, mean.high], [height, height], color="#3b6ea5", linewidth=2)
                 axis.plot([mean.value], [height], "s", color="#3b6ea5", markersize=5)
-                at_sites = [difference(e, method, site).value for site in e.defined]
+                at_sites = [e.site(method, site, REFERENCE).value for site in e.defined]
                 axis.plot(at_sites, [height] * len(at_sites), "o", color="#999999", markersize=3, zorder=0)
             axis.axvline(0, color="#333333", linewidth=0.8)
             axis.set_yticks(range(len(methods)), [METHODS[method].title for method in methods])
@@ -156,8 +158,15 @@ def plot(found: Sequence[Evidence]) -> str:
 
 
 def _value(figure: Figure) -> str:
-    return "–" if math.isnan(figure.value) else f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+    return _told(figure, ".3f")
 
 
 def _signed(figure: Figure) -> str:
-    return "–" if math.isnan(figure.value) else f"{figure.value:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"
+    return _told(figure, "+.3f")
+
+
+def _told(figure: Figure, form: str) -> str:
+    if math.isnan(figure.value):
+        return "–"
+    interval = "" if math.isnan(figure.low) else f" [{figure.low:{form}}, {figure.high:{form}}]"
+    return f"{figure.value:{form}}{interval}"

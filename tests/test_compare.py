@@ -26,6 +26,8 @@ FEDERATION = tiny_federation()
 HEAD = FEDERATION.model.heads["disease"]
 SIZES = {"north": 60, "south": 90}
 
+Tables = dict[str, dict[str, list[pd.DataFrame]]]
+
 
 def predictions(rng: np.random.Generator, size: int, signal: float) -> pd.DataFrame:
     ill = rng.random(size) < 0.5
@@ -35,7 +37,7 @@ def predictions(rng: np.random.Generator, size: int, signal: float) -> pd.DataFr
     return pd.DataFrame(columns | {"target": ill.astype(int), "p0": 1 - score, "p1": score})
 
 
-def of_signals(signals: dict[str, float], seeds: int = 2) -> dict[str, dict[str, list[pd.DataFrame]]]:
+def of_signals(signals: dict[str, float], seeds: int = 2) -> Tables:
     """The same patients for every method, whose scores tell more the larger their signal."""
     return {
         method: {
@@ -106,9 +108,27 @@ def test_where_no_site_has_patients_enough_the_next_figure_is_compared_and_it_is
     assert of_leading(HEAD, "disease", ["auroc", "auprc"], tables).metric == "auroc"
 
 
-def test_of_a_figure_without_intervals_nothing_is_said_about_noise() -> None:
-    found = evidence(HEAD, "disease", "f1", of_signals({REFERENCE: 0.0, "fedper": 3.0, "local-only": 3.0}))
+def of_one_patient(tables: Tables, *sites: str) -> Tables:
+    for by_site in tables.values():
+        by_site |= {site: [table.assign(patient="only") for table in by_site[site]] for site in sites}
+    return tables
+
+
+def test_a_site_with_one_test_patient_has_no_interval_and_the_mean_says_so() -> None:
+    tables = of_one_patient(of_signals({REFERENCE: 1.0, "local-only": 8.0}), "south")
+    found = evidence(HEAD, "disease", "auroc", tables)
+    assert np.isnan([found.site(REFERENCE, "south").low, found.site(REFERENCE, "south", "local-only").high]).all()
+    assert verdict.difference(found, "local-only").low > 0
+    told = verdict.sentences(found)
+    assert told[0] == "One test patient varies in no draw: with south intervals of the mean are too narrow."
+    assert "Against each site alone, FedAvg + adaptation is below it at north beyond noise." in told
+
+
+def test_where_no_site_has_two_test_patients_nothing_is_said_about_noise() -> None:
+    signals = {REFERENCE: 0.0, "fedper": 3.0}
+    found = evidence(HEAD, "disease", "f1", of_one_patient(of_signals(signals), "north", "south"))
     assert verdict.sentences(found) == ["f1 has no interval here, so nothing is said about what differs beyond noise."]
+    assert "nan" not in verdict.markdown_table(found, dict.fromkeys(signals, Cost(1.0, 2.0)))
 
 
 def test_an_interval_covers_what_patients_drawn_again_would_show() -> None:

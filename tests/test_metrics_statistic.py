@@ -67,6 +67,12 @@ def test_what_is_undefined_everywhere_has_no_interval_and_no_warning():
         assert np.isnan(bootstrap(mean_of(np.zeros(0)), [])).all()
 
 
+def test_one_patient_has_a_value_and_no_interval():
+    value, low, high = bootstrap(mean_of(np.array([1.0, 3.0])), ["a", "a"])
+    assert value == 2
+    assert np.isnan([low, high]).all()
+
+
 @pytest.mark.slow
 def test_statistics_draw_in_no_torch():
     code = "import sys, mmfm_core.metrics.statistic; print('torch' in sys.modules)"

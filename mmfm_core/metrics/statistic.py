@@ -61,8 +61,11 @@ def bootstrap(
 
 
 def draws(patients: Sequence[str], resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """Study weights [1 + R, N], all one first: what `bootstrap` draws, for who estimates several statistics."""
-    drawn = [patient_resamples(patients, resamples, seed)] if len(patients) else []
+    """Study weights [1 + R, N], all one first: what `bootstrap` draws, for who estimates several statistics.
+
+    Of a single patient nothing is drawn: an interval of no width would claim to know all others.
+    """
+    drawn = [patient_resamples(patients, resamples, seed)] if len(set(patients)) > 1 else []
     return np.vstack([np.ones((1, len(patients))), *drawn])
 
 
