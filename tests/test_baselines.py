@@ -14,7 +14,7 @@ from tiny import MODALITIES, tiny_federation, write_sites
 from mmfm_core.config import Federation, Site
 from mmfm_core.data.dataset import load_dataset
 from mmfm_core.metrics.ranking import patient_resamples
-from mmfm_core.metrics.statistic import bootstrap
+from mmfm_core.metrics.statistic import draws
 from mmfm_core.models.model import full_model
 from mmfm_core.storage import read_tensors
 from mmfm_core.training.evaluation import predict
@@ -200,7 +200,7 @@ def test_differences_are_paired_over_the_same_resamples_of_patients(
     classes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resamples = partial(patient_resamples, resamples=100)  # scikit-learn takes one at a time
-    monkeypatch.setattr(comparison, "bootstrap", partial(bootstrap, resamples=100))
+    monkeypatch.setattr(comparison, "draws", partial(draws, resamples=100))
     rng = np.random.default_rng(1)
     targets = [*range(len(classes))] * 6 + rng.integers(0, len(classes), 18).tolist()
     tables = write_results(tmp_path, classes, {"north": targets})["north"]
