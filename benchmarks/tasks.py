@@ -26,6 +26,7 @@ from mmfm_core.config import load_federation
 from mmfm_core.config.part import HeadConfig
 from mmfm_core.metrics.ranking import Floats
 from mmfm_core.metrics.statistic import Statistic, bootstrap
+from server.evidence import read_predictions
 from server.record import Run
 
 PROJECT = Path(__file__).parent.parent
@@ -196,13 +197,10 @@ def line_of(claim: Claim, runs: Sequence[Path]) -> str:
 
 def predictions(run: Path, head: str) -> pd.DataFrame:
     """All sites' predictions on their test patients, of the model that each ends with."""
-    tables = []
-    for site in sorted((run / "sites").iterdir()):
-        paths = [site / "predictions" / f"{head}-{state}.csv" for state in ("adapted", "shared")]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is not None:
-            table = pd.read_csv(path, dtype={"study": str, "patient": str})
-            tables.append(table.assign(site=site.name, patient=site.name + "/" + table["patient"]))
+    tables = [
+        table.assign(site=site, patient=site + "/" + table["patient"])
+        for site, table in read_predictions(run, head, ("adapted", "shared")).items()
+    ]
     return pd.concat(tables, ignore_index=True)
 
 

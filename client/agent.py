@@ -50,6 +50,7 @@ Build = Callable[[Model, Collection[str], Collection[str], int, Path], Multimoda
 class Participation:
     """One approved federation at this site, ready to work: document, data, model and what stays here."""
 
+    document: str
     federation: Federation
     rounds: list[Round]
     dataset: Dataset
@@ -162,6 +163,7 @@ class Agent:
             model.precision = getattr(torch, self._precision)
             fates = fates_of(federation, initial(model))
             self._participations[document] = Participation(
+                document,
                 federation,
                 rounds_of(federation),
                 with_features(dataset, model, federation.model, held(fates, "frozen"), self.directory / CACHE),
@@ -270,7 +272,7 @@ class Agent:
                 elif privacy.figures == "noised" and (state, split) == ("shared", "test"):
                     metrics += noised_metrics(predictions.head, predictions.table, p.federation)
                 if split == "test":
-                    write_predictions(self.directory, state, predictions)
+                    write_predictions(self.directory, p.document, state, predictions)
             if split == "test" and (not privacy or privacy.exact):
                 metrics += self._measure_subsets(p, state)
         return metrics

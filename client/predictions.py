@@ -6,7 +6,11 @@ from mmfm_core.storage import write_text
 from mmfm_core.training.evaluation import Predictions
 
 
-def write_predictions(directory: Path, state: str, predictions: Predictions) -> None:
-    """Write `predictions/<head>-<state>.csv`: study, patient, target and what the head made of it."""
-    text = predictions.table.to_csv(index=False)
-    write_text(directory / "predictions" / f"{predictions.head}-{state}.csv", text)
+def write_predictions(directory: Path, document: str, state: str, predictions: Predictions) -> None:
+    """Write study, patient, target and what a head made of it; see `path_of`."""
+    write_text(path_of(directory, document, predictions.head, state), predictions.table.to_csv(index=False))
+
+
+def path_of(directory: Path, document: str, head: str, state: str) -> Path:
+    """Where a site has the predictions of a document's head: heads of two federations may have one name."""
+    return directory / "predictions" / document[:16] / f"{head}-{state}.csv"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from client.predictions import path_of
 from client.simulated import site_directories
 from mmfm_core.config.part import HeadConfig
 from mmfm_core.metrics.ranking import Floats
@@ -50,9 +51,11 @@ def compare(directory: Path) -> dict[str, Any]:
 
 def _predictions(directory: Path, site: str, task: str) -> Table:
     """Method -> the site's predictions on its test studies."""
+    runs = {method: (Run(directory / run), state) for method, (run, state) in SOURCES.items()}
     paths = {
-        m: directory / run / "sites" / site / "predictions" / f"{task}-{state}.csv"
-        for m, (run, state) in SOURCES.items()
+        method: path_of(run.directory / "sites" / site, run.facts["federation"], task, state)
+        for method, (run, state) in runs.items()
+        if run.exists
     }
     return {m: pd.read_csv(path, dtype={"study": str, "patient": str}) for m, path in paths.items() if path.is_file()}
 

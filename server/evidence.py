@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from client.predictions import path_of
 from mmfm_core.config.part import HeadConfig
 from mmfm_core.metrics.ranking import RESAMPLES, Floats, patient_resamples
+from server.record import Run
 
 Draws = Floats
 """[1 + R]: a figure, and what it would have been with patients drawn again. Those of one site see the same draws."""
@@ -134,9 +136,9 @@ def _known(value: float | Callable[[Floats], Floats] | None) -> float:
 
 def read_predictions(run: Path, head: str, states: Sequence[str]) -> dict[str, pd.DataFrame]:
     """Site -> its predictions on test patients, in the first of `states` that there is."""
-    found = {}
+    found, document = {}, Run.open(run).facts["federation"]
     for site in sorted(path for path in (run / "sites").iterdir() if path.is_dir()):
-        paths = [site / "predictions" / f"{head}-{state}.csv" for state in states]
+        paths = [path_of(site, document, head, state) for state in states]
         path = next((path for path in paths if path.is_file()), None)
         if path is not None:
             found[site.name] = pd.read_csv(path, dtype={"study": str, "patient": str})

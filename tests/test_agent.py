@@ -221,7 +221,7 @@ def test_adaptation_sends_figures_and_nothing_else(tmp_path: Path, sites: dict[s
         assert (reply.tensors, reply.weights) == ({}, {})
         measured = {(metric.model, metric.split) for metric in reply.metrics}
         assert measured == {(model, split) for model in ("shared", "adapted") for split in ("val", "test")}
-        written = sorted(path.name for path in (tmp_path / "run/sites" / site / "predictions").iterdir())
+        written = sorted(path.name for path in (tmp_path / "run/sites" / site).glob("predictions/*/*"))
         assert written == ["disease-adapted.csv", "disease-shared.csv"]
 
 

@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tiny import MODALITIES, tiny_federation, write_sites
 
+from client.predictions import path_of
 from mmfm_core.config import Federation, Site
 from mmfm_core.data.dataset import load_dataset
 from mmfm_core.metrics.ranking import patient_resamples
@@ -63,6 +64,10 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
+def predicted(run: Run, site: str, state: str) -> pd.DataFrame:
+    return pd.read_csv(path_of(run.directory / "sites" / site, run.facts["federation"], "disease", state))
+
+
 def test_a_site_alone_sends_nothing_and_starts_from_the_same_model(sites: dict[str, Site], tmp_path: Path) -> None:
     federation = declared_federation()
     run = prepare(tmp_path / "run", baselines.local_only(federation), sites)
@@ -76,9 +81,9 @@ def test_a_site_alone_sends_nothing_and_starts_from_the_same_model(sites: dict[s
             np.testing.assert_array_equal(tensor, initial.state_dict()[name].numpy())
     for name, site in sites.items():
         (untrained,) = predict(initial, load_dataset(site, federation.model), "test")
-        written = pd.read_csv(run.directory / "sites" / name / "predictions" / "disease-shared.csv")
+        written = predicted(run, name, "shared")
         np.testing.assert_allclose(written[["p0", "p1"]], untrained.table[["p0", "p1"]], atol=1e-6)
-        trained = pd.read_csv(run.directory / "sites" / name / "predictions" / "disease-adapted.csv")
+        trained = predicted(run, name, "adapted")
         assert np.abs(written["p1"] - trained["p1"]).max() > 1e-3
         states = [read_tensors(path) for path in run.directory.glob(f"sites/{name}/state/*/round-00002.safetensors")]
         assert {parameter.split(".")[0] for parameter in states[0]} == {"encoders", "fusion", "heads"}
@@ -118,8 +123,8 @@ def test_pooled_is_one_site_that_holds_everything(sites: dict[str, Site], tmp_pa
     for name, tensor in some.items():
         np.testing.assert_array_equal(tensor, others[name], err_msg=name)
 
-    everyone = pd.read_csv(union.directory / "sites/pooled/predictions/disease-shared.csv").set_index("study")
-    measured = [pd.read_csv(run.directory / "sites" / s / "predictions/disease-shared.csv") for s in sites]
+    everyone = predicted(union, "pooled", "shared").set_index("study")
+    measured = [predicted(run, site, "shared") for site in sites]
     by_site = pd.concat(measured).set_index("study")
     assert sorted(by_site.index) == sorted(everyone.index)
     difference = by_site[["target", "p0", "p1"]] - everyone.loc[by_site.index, ["target", "p0", "p1"]]
@@ -152,7 +157,10 @@ def write_results(
     """A finished run's predictions by chance, some patients with two studies; site -> method -> table."""
     model = tiny_federation().model.model_dump(mode="json")
     model["heads"]["disease"]["classes"] = list(classes)
-    Run.create(folder, tiny_federation(model=model))
+    runs = {
+        place: Run.create(folder / place, tiny_federation(model=model))
+        for place in sorted({place for place, _ in METHODS.values()})
+    }
     rng = np.random.default_rng(0)
     tables: dict[str, dict[str, pd.DataFrame]] = {}
     for site, targets in sites.items():
@@ -168,8 +176,8 @@ def write_results(
                 }
                 | {f"p{label}": column for label, column in enumerate(probabilities.T)}
             )
-            run, state = METHODS[method]
-            path = folder / run / "sites" / site / "predictions" / f"disease-{state}.csv"
+            place, state = METHODS[method]
+            path = path_of(folder / place / "sites" / site, runs[place].facts["federation"], "disease", state)
             path.parent.mkdir(parents=True, exist_ok=True)
             table.to_csv(path, index=False)
             tables.setdefault(site, {})[method] = table

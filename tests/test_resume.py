@@ -48,7 +48,9 @@ def assert_same_outcome(run: Path, reference: Path) -> None:
         assert names
         for name in names:
             assert_same_bits(read_tensors(run / name), read_tensors(reference / name))
-    for path in reference.glob("sites/*/predictions/*.csv"):
+    predictions = list(reference.glob("sites/*/predictions/*/*.csv"))
+    assert predictions
+    for path in predictions:
         assert (run / path.relative_to(reference)).read_text() == path.read_text()
     assert figures(run) == figures(reference)
     assert Run.open(run).facts["status"] == "completed"
