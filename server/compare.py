@@ -15,6 +15,7 @@ from mmfm_core.config.strict import did_you_mean
 from mmfm_core.errors import MmfmError
 from mmfm_core.storage import write_json, write_text
 from server import verdict
+from server.apart import check_apart
 from server.coordinator import initial_state
 from server.evidence import Cost, Evidence, of_leading, read_predictions
 from server.methods import METHODS, REFERENCE, apply
@@ -40,6 +41,7 @@ def compare(
         MmfmError: a document is wrong, a method is unknown or does not fit, or a run failed.
     """
     federation, sites = load_documents(federation_file, sites_file)
+    check_apart(sites, str(sites_file))
     asked = [REFERENCE, *(name for name in dict.fromkeys(methods) if name != REFERENCE)]
     for name in asked:
         if name not in METHODS:

@@ -25,6 +25,7 @@ SOURCES = {
 """Method -> the run it comes from, inside the run directory, and which of that run's states."""
 
 DIFFERENCES = (("adapted", "fedavg"), ("adapted", "local-only"))
+WITHOUT_ADAPTATION = (("fedavg", "local-only"),)
 
 Value = dict[str, float | None]
 Table = dict[str, pd.DataFrame]
@@ -93,7 +94,7 @@ def _compare_site(site: str, table: Table, head: HeadConfig, metric: str) -> dic
         "results": {method: _estimate(statistic, weights) for method, statistic in statistics.items()},
         "differences": {
             f"{a} - {b}": _estimate(_difference(statistics[a], statistics[b]), weights)
-            for a, b in DIFFERENCES
+            for a, b in (DIFFERENCES if "adapted" in statistics else WITHOUT_ADAPTATION)
             if a in statistics and b in statistics
         },
     }

@@ -50,7 +50,7 @@ class Evidence:
     Attributes:
         patients: site -> test patients.
         draws: method -> site -> draws, the mean over seeds.
-        errors: method -> expected calibration error, mean of sites; empty where the head has none.
+        errors: method -> expected calibration error, mean of the same sites; empty where the head has none.
         instead_of: the leading metric, where it is undefined at every site.
     """
 
@@ -106,13 +106,15 @@ def evidence(head: HeadConfig, name: str, metric: str, predictions: Predictions)
         method: {site: _draws(head, metric, tables, seed) for seed, (site, tables) in enumerate(by_site.items())}
         for method, by_site in predictions.items()
     }
-    errors: dict[str, float] = {}
-    if "ece" in head.METRICS and metric != "ece":
-        for method, by_site in predictions.items():
-            found = [_draws(head, "ece", tables, 0, resamples=0)[0] for tables in by_site.values()]
-            errors[method] = float(np.nanmean(found))
     patients = {site: int(tables[0]["patient"].nunique()) for site, tables in first.items()}
-    return Evidence(name, metric, patients, draws, errors)
+    found = Evidence(name, metric, patients, draws, {})
+    if "ece" not in head.METRICS or metric == "ece":
+        return found
+    errors = {
+        method: np.mean([_draws(head, "ece", by_site[site], 0, resamples=0)[0] for site in found.defined or patients])
+        for method, by_site in predictions.items()
+    }
+    return replace(found, errors={method: float(error) for method, error in errors.items()})
 
 
 def _draws(

@@ -21,6 +21,7 @@ from mmfm_core.models.parameters import CONTROL, Block, blocks_of, check_pattern
 from mmfm_core.privacy.statement import statement
 from mmfm_core.protocol import SiteDescription
 from mmfm_core.storage import Tensors
+from server.apart import check_apart
 from server.cost import Seconds, cost_of_a_study
 from server.display import duration
 from server.privacy import Wish, beyond_budgets, choices, steps_of, table, warnings
@@ -40,6 +41,7 @@ def show_plan(federation_file: Path, sites_file: Path, console: Console, wish: W
     """
     federation, files = load_documents(federation_file, sites_file)
     with console.status("Reading manifests and building the model"):
+        check_apart(files, str(sites_file))
         with TemporaryDirectory() as folder:
             collect(federation.model, federation_file.parent, Path(folder))
             model = full_model(federation.model, federation.seed, Path(folder))

@@ -18,6 +18,7 @@ from mmfm_core.data.cache import CACHE, sweep
 from mmfm_core.errors import MmfmError
 from mmfm_core.storage import write_text
 from server import baselines
+from server.apart import check_apart
 from server.record import COMMAND_LOCK, Run
 from server.sites import FEDERATION
 from server.workers import Job, work
@@ -55,6 +56,7 @@ def simulate(request: Request, console: Console) -> None:
     if request.workers > 1 and request.engine != "in-process":
         raise MmfmError(f"--workers: the engine '{request.engine}' starts processes of its own; leave --workers out")
     federation, sites = load_documents(request.federation, request.sites)
+    check_apart(sites, str(request.sites))
     if request.seed is not None:
         federation = federation.model_copy(update={"seed": request.seed})
     directory = request.run or Path("runs") / federation.name

@@ -53,14 +53,21 @@ def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> Non
     """Check that the sites together can do what the document says.
 
     Raises:
-        MmfmError: a modality that no site holds, or a trained head for which the sites have no training label, or
-            labels of one class only.
+        MmfmError: a modality that no site holds, a stage that fewer than `min_sites` can train, or a trained head for
+            which the sites have no training label, or labels of one class only.
     """
     sites = list(sites)
     for name in federation.model.modalities:
         if not any(name in site.modalities for site in sites):
             raise MmfmError(f"model.modalities.{name}: no site holds it; map it in a site's file, or take it out")
     for index, stage in enumerate(federation.stages):
+        idle = [s.site for s in sites if not any(s.tasks.get(task, {}).get("train") for task in stage.tasks)]
+        needed = federation.aggregation.min_sites if stage.federated else 0
+        if 0 < len(sites) - len(idle) < needed:
+            raise MmfmError(
+                f"stages.{index}: {', '.join(idle)} have no training study for it, which leaves fewer than "
+                f"aggregation.min_sites, {needed}; map their targets and splits, or lower that"
+            )
         for head in stage.tasks:
             if not any(site.tasks.get(head, {}).get("train") for site in sites):
                 raise MmfmError(

@@ -10,7 +10,11 @@ from mmfm_core.metrics.ranking import MIN_OF_CLASS
 from server.report.wording import LABELS
 
 ONE_LINE_COLUMNS = 110
-AGAINST = {"adapted - fedavg": "FedAvg", "adapted - local-only": "training alone"}
+PAIRS = {
+    "adapted - fedavg": "The adapted head against FedAvg",
+    "adapted - local-only": "The adapted head against training alone",
+    "fedavg - local-only": "FedAvg against training alone",
+}
 
 
 def print_comparison(comparison: dict[str, Any], console: Console) -> None:
@@ -53,7 +57,7 @@ def _undefined(sites: Sequence[dict[str, Any]], name: str) -> list[str]:
 
 def _differences(sites: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
-    for name, against in AGAINST.items():
+    for name, pair in PAIRS.items():
         found = {s["site"]: d for s in sites if (d := s["differences"].get(name)) and d["value"] is not None}
         better = [site for site, d in found.items() if d["low"] > 0]
         worse = [site for site, d in found.items() if d["high"] < 0]
@@ -61,5 +65,5 @@ def _differences(sites: Sequence[dict[str, Any]]) -> list[str]:
         if len(better + worse) < len(found):
             told.append("not distinguishable at " + ("the others" if told else "any site"))
         if found:
-            lines.append(f"The adapted head against {against}, by paired 95 % intervals: {'; '.join(told)}.")
+            lines.append(f"{pair}, by paired 95 % intervals: {'; '.join(told)}.")
     return lines

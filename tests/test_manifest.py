@@ -217,6 +217,22 @@ def test_a_byte_order_mark_is_not_part_of_a_name(tmp_path: Path) -> None:
     assert len(read_manifest(site(manifest), model())) == 1
 
 
+def test_a_row_is_named_by_its_line_past_blank_lines_and_line_breaks_in_cells(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    lines = ["study,patient,split,note", "", 's1,p1,train,"two', 'lines"', ",,,", "s2,p2,tarin,x", ""]
+    manifest.write_text("\n".join(lines))
+    wrong = lines.index("s2,p2,tarin,x") + 1
+    said = refused(site(manifest, modalities={"note": "note"}, targets={}))
+    assert said.startswith(f"{manifest}, row {wrong}: column 'split'")
+    manifest.write_text(manifest.read_text().replace("tarin", "train"))
+    studies = read_manifest(site(manifest, modalities={"note": "note"}, targets={}), model())
+    assert [(study.study, study.row) for study in studies] == [("s1", 3), ("s2", wrong)]
+    json_lines = tmp_path / "m.jsonl"
+    rows = [{"study": s, "patient": s, "split": split, "note": "x"} for s, split in (("a", "train"), ("b", "tarin"))]
+    json_lines.write_text("\n\n".join(map(json.dumps, rows)))
+    assert refused(site(json_lines, modalities={"note": "note"}, targets={})).startswith(f"{json_lines}, row 3: ")
+
+
 @pytest.mark.parametrize("line", ["s,p,train,free, text", "s,p,train,note,"])
 def test_rows_longer_than_the_header_do_not_shift_columns(tmp_path: Path, line: str) -> None:
     manifest = tmp_path / "m.csv"
@@ -230,7 +246,15 @@ def test_rows_longer_than_the_header_do_not_shift_columns(tmp_path: Path, line: 
     [
         (None, "m.csv", "the manifest does not exist; check 'manifest' in the site's file"),
         ("x", "m.xlsx", "a manifest is one of .csv, .parquet, .jsonl; convert it"),
-        ("", "m.csv", "cannot be read as csv (EmptyDataError); export it again"),
+        ("", "m.csv", "cannot be read as csv (EmptyDataError); it is empty; export it again"),
+        ("caf\udce9", "m.csv", "cannot be read as csv (UnicodeDecodeError); save it in UTF-8"),
+        ("study;patient\n1;2\n", "m.csv", "its cells are separated by ';' or tabs; save it with commas between them"),
+        ("study\tpatient\n1\t2\n", "m.csv", "its cells are separated by ';' or tabs; save it with commas between them"),
+        (
+            "study;note\n1;a, b\n2;a, b, c\n",
+            "m.csv",
+            "cannot be read as csv (ParserError); separate its cells by commas, and quote those that hold commas",
+        ),
         ("PAR1", "m.parquet", "cannot be read as parquet (ArrowInvalid); export it again"),
         ('{"study":\n', "m.jsonl", "cannot be read as jsonl (JSONDecodeError); export it again"),
         ("study,patient\n", "m.csv", "site 'north' is empty: it has no rows"),
@@ -238,7 +262,7 @@ def test_rows_longer_than_the_header_do_not_shift_columns(tmp_path: Path, line: 
 )
 def test_a_file_that_is_no_manifest(tmp_path: Path, text: str | None, name: str, said: str) -> None:
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     assert refused(site(tmp_path / name)) == f"{tmp_path / name}: {said}"
 
 

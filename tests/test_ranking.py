@@ -59,7 +59,7 @@ def test_the_interval_is_that_of_drawing_patients_one_by_one():
 
 
 def value_of(metric: str, probabilities: torch.Tensor, targets: torch.Tensor) -> float | None:
-    found = one_of_several(metric, probabilities.numpy(), targets.numpy())
+    found = one_of_several(metric, probabilities.numpy(), targets.numpy(), np.arange(len(targets)))
     return None if found is None else float(found(np.ones((1, len(targets))))[0])
 
 
@@ -70,7 +70,10 @@ def test_ranking_metrics_are_undefined_below_five_of_a_class():
         for targets, defined in ((few, False), (enough, True)):
             scores = torch.rand(len(targets), 2, generator=torch.Generator().manual_seed(0)).softmax(1)
             assert (value_of(metric, scores, targets) is not None) == defined
-    assert undefined(np.zeros(30, np.int64), 2)
+    assert undefined(np.zeros(30, np.int64), 2, np.arange(30))
+    of_patients = enough.numpy(), 2
+    assert not undefined(*of_patients, np.arange(25) % 24)  # two studies of one patient, in either class
+    assert undefined(*of_patients, np.r_[:20, 20, 21, 22, 23, 23])  # five ill studies of four patients
     assert value_of("accuracy", torch.empty(0, 2), torch.empty(0, dtype=torch.long)) is None
 
 

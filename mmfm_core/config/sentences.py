@@ -40,6 +40,8 @@ def sentences(error: ValidationError, data: Any, where: str) -> list[str]:
             message = f"unknown {context['discriminator']} '{context['tag']}'; {did_you_mean(context['tag'], known)}"
         elif kind == "union_tag_not_found":
             message = f"{context['discriminator']} is missing"
+        elif kind == "too_long":
+            message = f"must have at most {context['max_length']} of them"
         elif kind == "too_short":
             message = f"must have at least {context['min_length']} of them"
         elif place[-1:] == ("[key]",):

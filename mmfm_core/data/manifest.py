@@ -77,6 +77,12 @@ def read_manifest(site: Site, model: Model) -> list[Study]:
     return studies
 
 
+def split_of_patients(site: Site) -> dict[str, Split]:
+    """The split of each of a site's patients; errors as of `read_manifest`."""
+    table = Table(site)
+    return dict(zip(table.patients, _splits(table, site), strict=True))
+
+
 def _splits(table: Table, site: Site) -> list[Split]:
     if isinstance(site.split, SplitFractions):
         return [hashed_split(patient, site.split) for patient in table.patients]

@@ -6,6 +6,7 @@ Errors name the row and the column, never the value that stands there; the colum
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,8 +35,6 @@ class Table:
     def __init__(self, site: Site) -> None:
         self.site = site
         frame = read_frame(site.manifest)
-        first = 2 if site.manifest.suffix.lower() == ".csv" else 1  # as an editor counts lines, past a CSV's header
-        frame.index = pd.RangeIndex(first, len(frame) + first)
         if site.site is not None:
             frame = frame[self._column(frame, site.site, "site") == site.name]
         for name, values in site.where.items():
@@ -165,7 +164,7 @@ def position_of(patient: str, purpose: str = "") -> float:
 
 
 def read_frame(path: Path) -> pd.DataFrame:
-    """Read a manifest with every cell as text.
+    """Read a manifest with every cell as text, indexed by line (Parquet: by row) as an editor counts them.
 
     Raises:
         MmfmError: the file does not exist, is damaged, or is of no known kind.
@@ -180,28 +179,41 @@ def read_frame(path: Path) -> pd.DataFrame:
     except FileNotFoundError as error:
         raise MmfmError("the manifest does not exist; check 'manifest' in the site's file", str(path)) from error
     except Exception as error:  # pandas raises a dozen kinds for a damaged file
-        problem = f"cannot be read as {path.suffix[1:]} ({type(error).__name__}); export it again"
+        remedy = next((mend for kind, mend in REMEDIES.items() if isinstance(error, kind)), "export it again")
+        problem = f"cannot be read as {path.suffix[1:]} ({type(error).__name__}); {remedy}"
         raise MmfmError(problem, str(path)) from error
     return frame.map(_text)
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", skip_blank_lines=False)
     if not isinstance(frame.index, pd.RangeIndex):  # pandas would shift the columns by what is too much
         raise MmfmError("its rows have more cells than its header; put cells that hold commas in quotes", str(path))
-    return frame
+    if len(frame.columns) == 1 and re.search("[;\t]", str(frame.columns[0])):
+        raise MmfmError("its cells are separated by ';' or tabs; save it with commas between them", str(path))
+    breaks = frame.apply(lambda column: column.str.count("\n")).sum(axis=1)  # inside quotes
+    header = sum(str(name).count("\n") for name in frame.columns)
+    frame.index = pd.Index(np.arange(len(frame)) + 2 + header + breaks.cumsum().to_numpy() - breaks.to_numpy())
+    return frame[(frame != "").any(axis=1)]
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     # What pandas would hide in an index is a column like the others, and whole numbers stay whole beside a gap.
     frame: pd.DataFrame = parquet.read_table(path).to_pandas(ignore_metadata=True, integer_object_nulls=True)
-    return frame
+    return frame.set_axis(pd.RangeIndex(1, len(frame) + 1))
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
     with path.open(encoding="utf-8") as file:
-        return pd.DataFrame([json.loads(line) for line in file if line.strip()], dtype=object)
+        rows = {number: json.loads(line) for number, line in enumerate(file, start=1) if line.strip()}
+    return pd.DataFrame(list(rows.values()), index=list(rows), dtype=object)
 
+
+REMEDIES: dict[type[Exception], str] = {
+    UnicodeDecodeError: "save it in UTF-8",
+    pd.errors.EmptyDataError: "it is empty; export it again",
+    pd.errors.ParserError: "separate its cells by commas, and quote those that hold commas",
+}
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": _read_csv,

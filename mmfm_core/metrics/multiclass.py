@@ -4,19 +4,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmfm_core.metrics.binary import average_precision, calibration_error, f1
-from mmfm_core.metrics.ranking import Floats, auroc, undefined
+from mmfm_core.metrics.ranking import Floats, Patients, auroc, undefined
 from mmfm_core.metrics.statistic import Statistic, macro, mean_of
 
 
-def one_of_several(metric: str, probabilities: Floats, targets: NDArray[np.int64]) -> Statistic | None:
-    """One metric of `probabilities` [N, classes] against `targets` [N].
+def one_of_several(
+    metric: str, probabilities: Floats, targets: NDArray[np.int64], patients: Patients
+) -> Statistic | None:
+    """One metric of `probabilities` [N, classes] against `targets` [N], of studies of `patients` [N].
 
     With two classes the second is the positive one; with more, classes are averaged with equal weight. Nothing is
-    defined on no study, or where a model gives no finite probabilities; ranking needs a few studies of every class.
+    defined on no study, or where a model gives no finite probabilities; ranking needs a few patients of every class.
     Confidence, for `ece`, is the probability of the likeliest class.
     """
     classes = probabilities.shape[1]
-    unranked = metric in ("auroc", "auprc") and undefined(targets, classes)
+    unranked = metric in ("auroc", "auprc") and undefined(targets, classes, patients)
     if not len(targets) or not np.isfinite(probabilities).all() or unranked:
         return None
     chosen, positive = probabilities.argmax(1), [1] if classes == 2 else range(classes)

@@ -6,17 +6,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 MIN_OF_CLASS = 5
-"""Below this many studies of a class, or of all others, ranking metrics are undefined: a handful decides them."""
+"""Below this many patients of a class, or of all others, ranking metrics are undefined: a handful decides them."""
 
 RESAMPLES = 1000
 
 Floats = NDArray[np.float64]
+Patients = NDArray[np.int64]
+"""The number of each study's patient."""
 
 
-def undefined(targets: NDArray[np.int64], classes: int) -> bool:
-    """Whether some class, or all others together, has fewer than `MIN_OF_CLASS` studies."""
-    counts = np.bincount(targets, minlength=classes)
-    return bool(((counts < MIN_OF_CLASS) | (len(targets) - counts < MIN_OF_CLASS)).any())
+def undefined(targets: NDArray[np.int64], classes: int, patients: Patients) -> bool:
+    """Whether some class, or all others together, has fewer than `MIN_OF_CLASS` patients among the studies' [N]."""
+    return any(
+        len(np.unique(patients[of_class])) < MIN_OF_CLASS
+        for label in range(classes)
+        for of_class in (targets == label, targets != label)
+    )
 
 
 def auroc(scores: Floats, targets: NDArray[np.int64], weights: Floats) -> Floats:

@@ -66,7 +66,8 @@ class Classification(HeadConfig):
 
     def statistic(self, metric: str, table: pd.DataFrame) -> Statistic | None:
         """See `mmfm_core.metrics.multiclass`; nothing is defined on probabilities that are not finite."""
-        return one_of_several(metric, self._probabilities(table), table["target"].to_numpy())
+        patients = pd.factorize(table["patient"])[0]
+        return one_of_several(metric, self._probabilities(table), table["target"].to_numpy(), patients)
 
     @property
     def ranked(self) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ class Findings(HeadConfig):
     def statistic(self, metric: str, table: pd.DataFrame) -> Statistic | None:
         """The mean over the findings with enough labels of both kinds; see `mmfm_core.metrics.classification`."""
         probabilities, targets = (table[[f"{c}_{f}" for f in self.findings]].to_numpy(float) for c in "py")
-        return mean_of_findings(metric, probabilities, targets)
+        return mean_of_findings(metric, probabilities, targets, pd.factorize(table["patient"])[0])
 
     @property
     def ranked(self) -> tuple[str, ...]:
