@@ -16,7 +16,7 @@ from client.egress import EGRESS, EgressLog
 from client.learning import PERSONAL, learn
 from client.loading import arrays, initial, load
 from client.predictions import write_predictions
-from client.private import LEDGER, PrivateRounds
+from client.private import LEDGER, PrivateRounds, holder_of
 from client.state import LocalState
 from mmfm_core.compression import closed, narrowed, widened
 from mmfm_core.config import Federation, load_site
@@ -87,7 +87,7 @@ class Agent:
         precision: Precision = "float32",
     ) -> None:
         self.directory, self.name, self._release, self._read, self._build = directory, name, release, read, build
-        self._budget, self._ledger = budget or Budget(), Ledger(ledger or directory / LEDGER)
+        self._budget, self._ledger = budget or Budget(), ledger or directory / LEDGER
         self.egress, self._durable = EgressLog(directory / EGRESS, durable), durable
         self._device, self._precision = device, precision
         self._participations: dict[str, Participation] = {}
@@ -182,8 +182,9 @@ class Agent:
     def _private(self, federation: Federation, document: str) -> PrivateRounds | None:
         if not federation.privacy:
             return None
-        answers = self.directory / "answers" / document[:16]
-        return PrivateRounds.of(federation, document, self._budget, self._ledger, answers)
+        answers = self.directory / "answers"
+        ledger = Ledger(self._ledger, holder_of(answers))
+        return PrivateRounds.of(federation, document, self._budget, ledger, answers / document[:16])
 
     def _take_part(self, p: Participation, request: RoundRequest) -> RoundReply:
         started = time.monotonic()

@@ -101,7 +101,8 @@ def sentences(proposal: Proposal) -> Iterator[str]:
     yield _figures(federation, least)
     yield (
         "LEAVES, when the coordinator asks who is here: counts of studies, patients and labels by split, rounded up to "
-        f"multiples of {least}. And refusals, with a reason that names no patient, file or row."
+        f"multiples of {least}, and likewise how many texts or targets were cut or repaired. And refusals, with a "
+        "reason that names no patient, file or row."
     )
     stays = ["images", "texts", "rows", "identifiers", "predictions"]
     local = _by_block(held(fates_of(federation, proposal.state), "local"))
@@ -150,7 +151,7 @@ def _leaving(proposal: Proposal) -> str:
         f"LEAVES, in each of {len(rounds)} rounds{drawn}: the trained parameters of {', '.join(each)}; "
         f"{size(most) / MB:.3f} MB a round at most, {total / MB:.3f} MB in all, unless a round is repeated. With "
         "them, how many training studies stand behind each of these blocks, rounded up to multiples of "
-        f"{proposal.site.release.min_count}{loss}."
+        f"{proposal.site.release.min_count}{loss}. And how many seconds the round took."
     )
 
 
@@ -164,11 +165,14 @@ def _figures(federation: Federation, least: int) -> str:
             "and no loss."
         )
     heads = [f"{', '.join(federation.metrics_of(name))} of '{name}'" for name in federation.model.heads]
+    chosen = any(not stage.federated and len(stage.interpolate) > 1 for stage in federation.stages)
+    adapted = "; and how far this site's validation patients let adaptation go" if chosen else ""
     subsets = any(evaluation.subsets for evaluation in federation.evaluation.values())
     return (
         f"LEAVES, in each of {len(rounds_of(federation))} rounds: figures measured on this site's own validation "
         f"patients (and at the end its test patients{', with every subset of modalities' if subsets else ''}): "
-        f"{'; '.join(heads) or 'none'}. They are exact, and none is told over fewer than {least} studies."
+        f"{'; '.join(heads) or 'none'}{adapted}. They are exact, so that how many studies stand behind one can follow "
+        f"from it though that is told rounded; none is told over fewer than {least} studies."
     )
 
 

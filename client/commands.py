@@ -161,9 +161,9 @@ def verify(
     ] = None,
 ) -> None:
     """Check offline that no entry of the egress log was changed, removed, inserted or moved, and print its head."""
-    from client.egress import EGRESS, EgressLog
+    from client.status import log_of
 
-    number, head = EgressLog(Place.of(directory).directory / EGRESS).verify(noted)
+    number, head = log_of(Place.of(directory)).verify(noted)
     _say(f"{number} entries, each as it was written. Head: {head}")
     if noted is None:
         _say("An end that was cut off leaves a whole chain: note this head elsewhere, and give it next time (--noted).")

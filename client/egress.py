@@ -65,7 +65,10 @@ class EgressLog:
     def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """All entries with their numbers, the oldest first."""
         for number, text, _ in self._rows():
-            yield number, json.loads(text)
+            try:
+                yield number, json.loads(text)
+            except ValueError as error:
+                raise MmfmError(f"entry {number} is not what was written: it was changed", self._name) from error
 
     def head(self) -> tuple[int, str]:
         """The number and hash of the last entry; a site notes them elsewhere to be able to see a cut tail."""
@@ -143,7 +146,8 @@ def entry_of(
     if isinstance(answer, SiteDescription):
         told = asdict(answer)
         return entry | {
-            "counts": {name: told[name] for name in ("studies", "patients", "modalities", "targets", "tasks")}
+            "counts": {name: told[name] for name in ("studies", "patients", "modalities", "targets", "tasks")},
+            "notes": [str(note) for note in answer.notes],
         }
     tensors = [
         {
@@ -162,7 +166,7 @@ def entry_of(
     return (
         entry
         | {"tensors": tensors, "weights": answer.weights, "metrics": figures, "loss": answer.loss is not None}
-        | {"epsilon": answer.epsilon}
+        | {"epsilon": answer.epsilon, "seconds": answer.seconds}
     )
 
 

@@ -8,6 +8,7 @@ from mmfm_core.config.site import Limits
 from mmfm_core.errors import MmfmError
 
 GB = 10**9
+ROOM = 0.3  # GB that the threads and the smallest request take beside an agent that waits
 
 
 def hold(limits: Limits, file: Path) -> None:
@@ -19,9 +20,10 @@ def hold(limits: Limits, file: Path) -> None:
     if limits.memory is None:
         return
     allowed = int(limits.memory * GB)
-    if private() > allowed:
+    if private() + ROOM * GB > allowed:
         raise MmfmError(
-            f"limits.memory: the agent takes {private() / GB:.1f} GB before any request; allow more than that",
+            f"limits.memory: the agent takes {private() / GB:.1f} GB before any request, and one needs room beside "
+            f"that; allow {private() / GB + ROOM:.1f} at least",
             str(file),
         )
     # Not the address space (RLIMIT_AS): torch reserves far more of that than it uses.

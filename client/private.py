@@ -1,5 +1,6 @@
 """A private round at a site: paid for before it trains, and answered once; the same question has the same answer."""
 
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,14 @@ LEDGER = "ledger.sqlite"
 """Its name in a site's directory, unless `site.yaml` names another place."""
 
 KEPT_ANSWERS = 2  # a coordinator that was killed asks for the round after its last checkpoint but one at most
+
+
+def holder_of(answers: Path) -> str:
+    """Whose the rounds answered from this folder are, in a ledger that other directories may share; made once."""
+    path = answers / "holder"
+    if not path.is_file():
+        write_text(path, secrets.token_hex(8))
+    return path.read_text()
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,16 @@ class PrivateRounds:
         """Pay for a round.
 
         Raises:
-            MmfmError: see `Ledger.reserve`.
+            MmfmError: see `Ledger.reserve`; or rounds were answered here that the ledger does not know.
         """
+        if any(self.answers.parent.glob("*/round-*")) and all(
+            entry.holder != self.ledger.holder for entry in self.ledger.entries()
+        ):
+            raise MmfmError(
+                "the ledger has no line of the private rounds that were answered here: it was lost, or is another one; "
+                "restore it from a backup, for until then no private round is answered",
+                str(self.ledger.path),
+            )
         charge = self.charge(this)
         assert charge
         budget = Limit(self.budget.epsilon, self.budget.delta, "the budget of this site")

@@ -1,14 +1,18 @@
 """The agent's process: it opens the site's directory and serves at the socket until it is told to end."""
 
+import fcntl
 import logging
 import os
 import signal
 import threading
+from pathlib import Path
+from typing import TextIO
 
 from client import limits, logs
 from client.place import Place
 from client.service import Service, serving
 from mmfm_core.data.cache import CACHE, sweep
+from mmfm_core.errors import MmfmError
 from mmfm_core.process import importing, keep_memory
 
 OVERDUE = 75  # the exit code of a request that took too long: a temporary failure, start again
@@ -25,6 +29,7 @@ def serve(place: Place) -> None:
     """
     os.umask(0o077)
     site = place.site()
+    lock = _held(place.directory)
     logs.start(site.name)
     keep_memory()
     sweep(place.directory / CACHE)
@@ -43,5 +48,21 @@ def serve(place: Place) -> None:
             pass
     log.info("the agent ends")
     logging.shutdown()
+    lock.close()
     # A plain exit would wait for the work that is going on.
     os._exit(OVERDUE if service.overdue.is_set() else 0)
+
+
+def _held(directory: Path) -> TextIO:
+    """The site's directory, held for this process: two agents would answer with one state, each unaware of the other.
+
+    Raises:
+        MmfmError: another agent works in it.
+    """
+    lock = (directory / "agent.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise MmfmError("another agent works in this directory; stop it first", str(directory)) from error
+    return lock

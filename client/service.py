@@ -134,7 +134,7 @@ def serving(socket: Path, service: Service) -> Iterator[None]:
         try:
             yield
         finally:
-            server.stop(GRACE_SECONDS).wait()
+            server.stop(GRACE_SECONDS).wait(2 * GRACE_SECONDS)  # without memory for a thread it would not end
             socket.unlink(missing_ok=True)
 
 

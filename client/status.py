@@ -35,8 +35,20 @@ def lines(place: Place) -> Iterator[str]:
 
 def shown(place: Place, last: int, whole: bool) -> Iterator[str]:
     """The newest entries of the egress log, the oldest of them first: whole as JSON, or a line each."""
-    for number, entry in deque(EgressLog(place.directory / EGRESS).entries(), last):
+    for number, entry in deque(log_of(place).entries(), last):
         yield json.dumps({"number": number, **entry}, ensure_ascii=False) if whole else _brief(number, entry)
+
+
+def log_of(place: Place) -> EgressLog:
+    """The site's egress log.
+
+    Raises:
+        MmfmError: there is none.
+    """
+    log = EgressLog(place.directory / EGRESS)
+    if not log.path.is_file():
+        raise MmfmError("there is no egress log: nothing has left yet, or it was removed", str(log.path))
+    return log
 
 
 def _brief(number: int, entry: dict[str, Any]) -> str:

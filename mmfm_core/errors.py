@@ -8,9 +8,10 @@ class MmfmError(Exception):
     record: it may be shown on a screen or written to a site's own log.
 
     Attributes:
-        told: the message without `where`, the file and row it is about: what a site may send to its coordinator.
+        told: what a site may send to its coordinator: the message without `where`, the file and row it is about, and
+            without what only the site's own people may see.
     """
 
-    def __init__(self, text: str, where: str = "") -> None:
+    def __init__(self, text: str, where: str = "", told: str | None = None) -> None:
         super().__init__(f"{where}: {text}" if where else text)
-        self.told = text
+        self.told = text if told is None else told

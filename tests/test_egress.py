@@ -124,6 +124,13 @@ def test_tampering_is_seen(tmp_path: Path, statement: str, said: str) -> None:
         log.verify()
 
 
+def test_an_entry_that_is_no_longer_one_is_named(tmp_path: Path) -> None:
+    log = filled(tmp_path / "egress.sqlite")
+    altered(log, "UPDATE egress SET entry = 'xx' WHERE number = 3")
+    with pytest.raises(MmfmError, match="entry 3 is not what was written"):
+        list(log.entries())
+
+
 def test_a_cut_tail_and_a_rewritten_chain_are_seen_against_a_noted_head_alone(tmp_path: Path) -> None:
     log = filled(tmp_path / "egress.sqlite")
     _, noted = log.head()

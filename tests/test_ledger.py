@@ -92,6 +92,30 @@ def test_a_round_that_failed_is_withdrawn_and_can_be_reserved_anew(ledger: Ledge
     assert ledger.spent(1e-5) == pytest.approx(epsilon(1.1, 0.02, 50, 1e-5))
 
 
+def test_holders_of_one_ledger_pay_each_for_their_own_answer(tmp_path: Path) -> None:
+    """Two directories of the same patients: whatever one was charged, the other does not ride along."""
+    one, other = (Ledger(tmp_path / "ledger.db", holder) for holder in ("one", "other"))
+    one.reserve(ONE, 1, ROUND, BUDGET, ANY)
+    take(other, ONE, 1)
+    twice = composed([ROUND, ROUND], 1e-5)
+    assert one.spent(1e-5) == other.spent(1e-5) == pytest.approx(twice)
+    with pytest.raises(MmfmError, match="round 2 is not reserved"):
+        other.reserve(ONE, 2, ROUND, BUDGET, ANY)
+        one.release(ONE, 2)
+    one.release(ONE, 1)
+    with pytest.raises(MmfmError, match="round 1 was answered before"):
+        one.reserve(ONE, 1, ROUND, BUDGET, ANY)
+    planned = Limit(twice, 1e-5, "what the document may cost")
+    with pytest.raises(MmfmError, match="what the document may cost"):
+        one.reserve(ONE, 2, ROUND, BUDGET, planned)
+
+
+def test_a_ledger_whose_folder_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
+    with pytest.raises(MmfmError, match="the ledger cannot be used"):
+        take(Ledger(tmp_path / "unmounted" / "ledger.db"), ONE, 1)
+    assert not (tmp_path / "unmounted").exists()
+
+
 def test_what_was_never_reserved_cannot_leave(ledger: Ledger) -> None:
     with pytest.raises(MmfmError, match="round 4 is not reserved; nothing may leave"):
         ledger.release(ONE, 4)
@@ -112,8 +136,9 @@ def tamper(ledger: Ledger, statement: str) -> None:
         "DELETE FROM entries WHERE number = 2",
         "DELETE FROM entries WHERE number <= 2",
         "UPDATE entries SET number = 99 WHERE number = 6",
-        "INSERT INTO entries SELECT 7, time, 'withdrawn', document, round, noise, rate, steps, hash, 'x' FROM entries "
-        "WHERE number = 6",
+        "INSERT INTO entries SELECT 7, time, 'withdrawn', document, round, holder, noise, rate, steps, hash, 'x' "
+        "FROM entries WHERE number = 6",
+        "UPDATE entries SET holder = 'another' WHERE number = 6",
     ],
 )
 def test_a_tampered_ledger_answers_nothing(ledger: Ledger, statement: str) -> None:

@@ -318,6 +318,17 @@ def test_a_mapping_of_another_kind(tmp_path: Path, changes: dict[str, Any], said
     assert refused(site(table(tmp_path, {}), **changes)) == f"site 'north': {said}"
 
 
+def test_a_name_out_of_the_header_is_told_to_nobody_else(tmp_path: Path) -> None:
+    """Where the header was forgotten the first patient stands in its place."""
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("patient_0001,train,a cough\n" * 3)
+    with pytest.raises(MmfmError) as caught:
+        read_manifest(site(manifest, patient="patient_id", study=None), model())
+    assert "patient_0001" in str(caught.value)
+    assert "patient_0001" not in caught.value.told
+    assert "there is no column 'patient_id'" in caught.value.told
+
+
 FILE_IS_MISSING = (
     "column 'scan': the file does not exist; restore it, or set 'missing_files: absent' in the site's file"
 )

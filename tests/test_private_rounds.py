@@ -144,6 +144,34 @@ def test_several_sites_of_a_hospital_may_name_one_ledger(tmp_path: Path, sites: 
     assert not (together.agents["north"].directory / LEDGER).exists()
 
 
+def test_two_directories_of_the_same_patients_pay_for_both_answers(tmp_path: Path, sites: dict[str, Site]) -> None:
+    federation, ledger = private_federation(), tmp_path / "hospital.db"
+    shared = {"north": sites["north"].model_copy(update={"ledger": ledger})}
+    replies = [ask(agents(tmp_path / d, federation, shared)["north"], first_request(federation))[0] for d in "ab"]
+    assert all(isinstance(reply, RoundReply) for reply in replies)
+    noise = schedule_of(federation).noise
+    assert Ledger(ledger).spent(1e-5) == pytest.approx(composed([Charge(noise, 0.5, STEPS)] * 2, 1e-5))
+
+
+@pytest.mark.parametrize("lost", ["removed", "emptied"])
+def test_without_the_ledger_of_earlier_rounds_nothing_is_answered(
+    lost: str, tmp_path: Path, sites: dict[str, Site]
+) -> None:
+    federation = private_federation()
+    together = coordination(tmp_path, federation, sites)
+    for name in together.round(1):
+        ledger = together.agents[name].directory / LEDGER
+        for beside in ledger.parent.glob(f"{LEDGER}-*"):
+            beside.unlink()
+        ledger.unlink()
+        if lost == "emptied":
+            ledger.touch()
+    agent = together.agents["north"]
+    refused, _ = ask(Agent.open(agent.directory), together.request("north", 2))
+    assert isinstance(refused, Refusal)
+    assert refused.reason.startswith("the ledger has no line of the private rounds that were answered here")
+
+
 def test_the_hospital_sees_what_was_paid_and_by_which_document(tmp_path: Path, sites: dict[str, Site]) -> None:
     federation = private_federation()
     agent = agents(tmp_path, federation, sites)["north"]

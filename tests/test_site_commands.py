@@ -231,6 +231,8 @@ def test_a_document_that_this_site_cannot_serve_is_not_approved(here: Path, tmp_
 def test_status_and_egress_tell_what_happened(here: Path, tmp_path: Path, authority: Authority) -> None:
     path, federation = document(tmp_path)
     assert "nobody asked" not in done("status", "-d", here)
+    for verb in ("show", "verify"):
+        assert "egress.sqlite: there is no egress log" in mistake("egress", verb, "-d", here)
     done("approve", path, "-d", here, "--yes")
     assert "nobody asked for it yet" in done("status", "-d", here)
     done("join", bundle_for(here, authority), "-d", here)

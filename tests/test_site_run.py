@@ -83,10 +83,13 @@ def test_a_site_serves_comes_back_and_leaves_nothing(here: Path) -> None:
     with running(here) as started:
         eventually(lambda: is_served(socket), here)
         assert isinstance(ask_at(socket, 60)(Describe(document(here))), SiteDescription)
-        assert (
-            "another agent serves there"
-            in subprocess.run([MMFM, "site", "run", "-d", here], check=False, capture_output=True, text=True).stderr
-        )
+        for words, why in (
+            ((), "another agent serves there"),
+            (("--agent-only", "--socket", here / "other.sock"), "another agent works in this directory"),
+        ):
+            second = [MMFM, "site", "run", "-d", here, *words]
+            said = subprocess.run(second, check=False, capture_output=True, text=True, timeout=PATIENCE).stderr
+            assert why in said
         os.kill(agent_in(here), signal.SIGKILL)
         eventually(lambda: not is_served(socket), here)
         eventually(lambda: is_served(socket), here)
@@ -142,10 +145,11 @@ from client.limits import hold
 from mmfm_core.config.site import Limits
 from mmfm_core.errors import MmfmError
 try:
-    hold(Limits(memory=0.001), Path("site.yaml"))
+    hold(Limits(memory=0.2), Path("site.yaml"))  # more than it has, and no room for a request
 except MmfmError as error:
     print(error)
-hold(Limits(memory=2), Path("site.yaml"))
+from client.limits import private
+hold(Limits(memory=private() / 1e9 + 2), Path("site.yaml"))
 np.ones(100 << 20, np.uint8)
 try:
     np.ones(2 << 30, np.uint8)

@@ -133,12 +133,11 @@ class Table:
     def _column(self, frame: pd.DataFrame, name: str, field: str) -> "pd.Series[str]":
         if name not in frame.columns:
             close = get_close_matches(name, map(str, frame.columns), n=1)
-            # Not the whole header: where it was forgotten, the first patient stands in its place.
-            hint = f"did you mean '{close[0]}'?" if close else "compare it with the manifest's header"
-            raise MmfmError(
-                f"there is no column '{name}' (named by '{field}' of site '{self.site.name}'); {hint}",
-                str(self.site.manifest),
-            )
+            lack = f"there is no column '{name}' (named by '{field}' of site '{self.site.name}')"
+            told = f"{lack}; compare it with the manifest's header"
+            # Not to be told, nor the whole header: where it was forgotten, the first patient stands in its place.
+            here = f"{lack}; did you mean '{close[0]}'?" if close else told
+            raise MmfmError(here, str(self.site.manifest), told)
         return frame[name]
 
     def _identifiers(self, name: str, field: str) -> list[str]:

@@ -3,7 +3,8 @@
 Append-only and hash-chained, in SQLite on the site's disk. A round is reserved before it trains, which is when it is
 charged. It is released when its answer may leave, and withdrawn, the only way a charge ever shrinks, when it failed
 before there was an answer. After a crash between the two nothing has left, and the same round may be taken again for
-what was reserved; once released it never trains again.
+what was reserved; once released it never trains again. That is so for each holder: directories of the same patients
+that share a ledger give answers of their own, with noise of their own, and patients pay for each.
 
 The charges that count are composed by Renyi differential privacy, which holds for rounds that are chosen as one goes
 (Feldman & Zrnic 2021), at orders pinned in `mmfm_core.privacy.accounting`.
@@ -30,6 +31,7 @@ GENESIS = "0" * 64
 TABLE = """  -- the columns in the order of Entry's fields
 CREATE TABLE IF NOT EXISTS entries (
     number INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, document TEXT NOT NULL, round INTEGER NOT NULL,
+    holder TEXT NOT NULL,
     noise REAL NOT NULL, rate REAL NOT NULL, steps INTEGER NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL UNIQUE
 );
 CREATE TRIGGER IF NOT EXISTS no_change BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append-only'); END;
@@ -43,6 +45,7 @@ class Entry:
 
     Attributes:
         time: seconds since 1970.
+        holder: who answers the round.
         noise, rate, steps: the round's `Charge`.
     """
 
@@ -51,6 +54,7 @@ class Entry:
     kind: Kind
     document: str
     round: int
+    holder: str
     noise: float
     rate: float
     steps: int
@@ -78,10 +82,14 @@ class Limit:
 
 
 class Ledger:
-    """The ledger in a file, which is made where there is none."""
+    """The ledger in a file, which is made where there is none; its folder is not.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Attributes:
+        holder: who reserves, releases and withdraws through this object; the rounds of others count, and are theirs.
+    """
+
+    def __init__(self, path: Path, holder: str = "") -> None:
+        self.path, self.holder = path, holder
 
     def reserve(self, document: str, number: int, charge: Charge, budget: Limit, planned: Limit) -> None:
         """Charge a round of a document before it trains.
@@ -97,10 +105,10 @@ class Ledger:
         with self._open() as database:
             entries = _locked(database, self.path)
             standing = charged(entries)
-            before = standing.get((document, number))
+            before = standing.get((document, number, self.holder))
             if before and before.kind == "released":
                 raise MmfmError(f"round {number} was answered before, and a round is paid for once")
-            if any(entry.document == document and entry.round > number for entry in standing.values()):
+            if any(key[::2] == (document, self.holder) and key[1] > number for key in standing):
                 raise MmfmError(f"a round after {number} was taken before; what it began from is not computed again")
             if before:
                 return  # it was cut off before it had an answer
@@ -114,7 +122,7 @@ class Ledger:
                         f"{composed(spent, limit.delta):.3f} to {after:.3f} at δ {limit.delta:g}, and {limit.whose} is "
                         f"ε {limit.epsilon:g}; nothing was computed"
                     )
-            _append(database, entries, "reserved", document, number, charge)
+            self._append(database, entries, "reserved", document, number, charge)
 
     def release(self, document: str, number: int) -> None:
         """Note that a reserved round has an answer, just before that may leave. Again is no harm."""
@@ -143,16 +151,32 @@ class Ledger:
     def _settle(self, document: str, number: int, kind: Kind) -> None:
         with self._open() as database:
             entries = _locked(database, self.path)
-            before = charged(entries).get((document, number))
+            before = charged(entries).get((document, number, self.holder))
             if before is None or (kind, before.kind) == ("withdrawn", "released"):
                 raise MmfmError(f"round {number} is not reserved; nothing may leave for it", str(self.path))
             if before.kind == "reserved":
-                _append(database, entries, kind, document, number, before.charge)
+                self._append(database, entries, kind, document, number, before.charge)
+
+    def _append(
+        self,
+        database: sqlite3.Connection,
+        entries: list[Entry],
+        kind: Kind,
+        document: str,
+        number: int,
+        charge: Charge,
+    ) -> None:
+        previous = entries[-1].hash if entries else GENESIS
+        cost = (float(charge.noise), float(charge.rate), int(charge.steps))
+        entry = Entry(len(entries) + 1, time.time(), kind, document, number, self.holder, *cost, previous)
+        entry = replace(entry, hash=entry.sealed())
+        places = ", ".join("?" * len(astuple(entry)))
+        database.execute(f"INSERT INTO entries VALUES ({places})", astuple(entry))  # noqa: S608 (no value in it)
+        database.execute("COMMIT")
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as database:
                 database.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; {TABLE}")
                 yield database
@@ -164,9 +188,9 @@ class Ledger:
             ) from error
 
 
-def charged(entries: Iterable[Entry]) -> dict[tuple[str, int], Entry]:
-    """The last line of every round that counts, by document and round: all but those withdrawn."""
-    last = {(entry.document, entry.round): entry for entry in entries}
+def charged(entries: Iterable[Entry]) -> dict[tuple[str, int, str], Entry]:
+    """The last line of every round that counts, by document, round and holder: all but those withdrawn."""
+    last = {(entry.document, entry.round, entry.holder): entry for entry in entries}
     return {key: entry for key, entry in last.items() if entry.kind != "withdrawn"}
 
 
@@ -198,14 +222,3 @@ def _locked(database: sqlite3.Connection, path: Path) -> list[Entry]:
     """All lines, and nobody else adds one before this connection commits or closes."""
     database.execute("BEGIN IMMEDIATE")
     return _read(database, path)
-
-
-def _append(
-    database: sqlite3.Connection, entries: list[Entry], kind: Kind, document: str, number: int, charge: Charge
-) -> None:
-    previous = entries[-1].hash if entries else GENESIS
-    cost = (float(charge.noise), float(charge.rate), int(charge.steps))
-    entry = Entry(len(entries) + 1, time.time(), kind, document, number, *cost, previous)
-    entry = replace(entry, hash=entry.sealed())
-    database.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(entry))
-    database.execute("COMMIT")

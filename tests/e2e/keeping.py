@@ -96,8 +96,8 @@ def agent_killed(world: World) -> None:
         wait(lambda: world.round_reached(run, 1) and _works(world, federation, 2), LONG)
         kept = _heads(victim)
         victim.kill(words=AGENT)
-        cut_off = charged(lines(victim))[sha256(federation), 2]
-        assert cut_off.kind == "reserved", "it was not killed within the round"
+        cut_off = _charge(victim, federation, 2)
+        assert cut_off and cut_off.kind == "reserved", "it was not killed within the round"
         wait(lambda: any("ended while it worked" in text for text in events(run, victim.name)), DEADLINE, "not told")
         assert _heads(victim) == kept, "its heads were changed"
         time.sleep(60)
@@ -138,9 +138,15 @@ def site_disk_full(world: World) -> None:
         egress_is_whole(victim)
 
 
+def _charge(hospital: Hospital, federation: Federation, number: int) -> Entry | None:
+    """What a hospital charged for a round."""
+    of_round = (each for each in charged(lines(hospital)).values() if each.round == number)
+    return next((each for each in of_round if each.document == sha256(federation)), None)
+
+
 def _works(world: World, federation: Federation, number: int) -> bool:
     """Whether the first site has charged a round and not answered it."""
-    entry = charged(lines(world.hospitals[0])).get((sha256(federation), number))
+    entry = _charge(world.hospitals[0], federation, number)
     return entry is not None and (entry.kind == "reserved" or number == 1)
 
 

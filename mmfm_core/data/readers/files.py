@@ -42,7 +42,7 @@ def read_archived(path: Path) -> np.ndarray:
     with reading("a numpy archive"):
         items = _array(file, name["array"], file.stat().st_mtime_ns)
         if int(name["index"]) >= len(items):
-            raise MmfmError(f"has an index beyond array '{name['array']}'; mend the cell in the manifest")
+            raise MmfmError("has an index beyond its array; mend the cell in the manifest")
         return items[int(name["index"])]
 
 
@@ -52,7 +52,7 @@ def _array(file: Path, name: str, modified: int) -> np.ndarray:
     with ZipFile(file) as packed:
         members = {member.filename: member.file_size for member in packed.infolist()}
     if f"{name}.npy" not in members:
-        raise MmfmError(f"has no array '{name}'; mend the cell in the manifest")
+        raise MmfmError("has no array of that name; mend the cell in the manifest")
     check_size((members[f"{name}.npy"],))
     with np.load(file, allow_pickle=False) as archive:
         return archive[name]
