@@ -65,7 +65,7 @@ def check_sites(federation: Federation, sites: Iterable[SiteDescription]) -> Non
         needed = federation.aggregation.min_sites if stage.federated else 0
         if 0 < len(sites) - len(idle) < needed:
             raise MmfmError(
-                f"stages.{index}: {', '.join(idle)} have no training study for it, which leaves fewer than "
+                f"stages.{index}: no training study for it at {', '.join(idle)}, which leaves fewer sites than "
                 f"aggregation.min_sites, {needed}; map their targets and splits, or lower that"
             )
         for head in stage.tasks:

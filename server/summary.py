@@ -50,7 +50,7 @@ def _undefined(sites: Sequence[dict[str, Any]], name: str) -> list[str]:
     for site in sites:
         if any(result["value"] is None for result in site["results"].values()):
             counts = ", ".join(f"{count} {label}" for label, count in site["classes"].items())
-            needed = f": it takes {MIN_OF_CLASS} of each class" if name in ("AUROC", "AUPRC") else ""
+            needed = f": it takes {MIN_OF_CLASS} patients of each class" if name in ("AUROC", "AUPRC") else ""
             lines.append(f"At {site['site']} the {name} is undefined ({counts}){needed}.")
     return lines
 

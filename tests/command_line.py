@@ -51,7 +51,7 @@ def hospitals(folder: Path, sites: Mapping[str, tuple[str, ...]] = SITES) -> Doc
     """Generated hospitals and the two documents about them, as a person would write them."""
     written = {
         name: site.model_dump(mode="json", exclude_unset=True, exclude={"name"})
-        for name, site in write_sites(folder / "hospitals", sites).items()
+        for name, site in write_sites(folder / "hospitals", sites, patients=30).items()
     }
     for name, site in written.items():
         manifest = Path(site["manifest"])

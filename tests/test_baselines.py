@@ -230,6 +230,17 @@ def test_differences_are_paired_over_the_same_resamples_of_patients(
     assert site["classes"] == {name: targets.count(label) for label, name in enumerate(classes)}
 
 
+def test_without_adaptation_the_shared_model_is_compared_with_training_alone(tmp_path: Path) -> None:
+    write_results(tmp_path, ("no", "yes"), {"north": [0, 1] * 12}, ("local-only", "fedavg"))
+    ((site,),) = [task["sites"] for task in compare(tmp_path)["tasks"]]
+    (pair,) = site["differences"]
+    assert pair == "fedavg - local-only"
+    found = site["differences"][pair]
+    values = {method: result["value"] for method, result in site["results"].items()}
+    assert found["value"] == pytest.approx(values["fedavg"] - values["local-only"])
+    assert found["low"] < found["value"] < found["high"]
+
+
 def test_resamples_draw_whole_patients_as_often_as_chance_does() -> None:
     patients = ["a", "b", "b", "c", "c", "c", "d"]
     weights = patient_resamples(patients, resamples=4000)

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from io import StringIO
@@ -20,8 +20,10 @@ from tiny import MODALITIES, tiny_federation, write_sites
 
 from mmfm_core.config import Federation, Site, load_federation
 from mmfm_core.config.loading import dump, sha256
+from mmfm_core.config.site import SplitFractions
 from mmfm_core.errors import MmfmError
 from mmfm_core.models.model import MultimodalModel
+from server.apart import check_apart
 from server.engines import in_process
 from server.plan import show_plan
 from server.record import read_lines
@@ -203,6 +205,32 @@ def test_what_no_site_holds_is_said_before(tmp_path: Path) -> None:
     sites["north"].manifest.unlink()
     with pytest.raises(MmfmError, match=r"north/manifest\.csv: the manifest does not exist"):
         plan_of(tmp_path, tiny_federation(), sites)
+
+
+def test_patients_who_train_at_one_site_are_not_measured_at_another(tmp_path: Path) -> None:
+    """Sites that are cut from one manifest: by shares that overlap, and with splits of their own."""
+    whole = write_sites(tmp_path / "hospitals")["north"]
+    fractions = SplitFractions(train=0.5, val=0.2, test=0.3)
+
+    def cut(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Site]:
+        return {n: whole.model_copy(update={"name": n} | c) for n, c in (("one", first), ("two", second))}
+
+    check_apart(cut({"share": (0.0, 0.6)}, {"share": (0.5, 1.0)}), "sites.yaml")  # the same split at both
+    check_apart(cut({"share": (0.0, 0.5), "split": fractions}, {"share": (0.5, 1.0)}), "sites.yaml")
+    overlapping = cut({"share": (0.0, 0.6), "split": fractions}, {"share": (0.2, 1.0)})
+    with pytest.raises(MmfmError, match=r"^sites\.yaml: sites\.one, sites\.two: \d+ of their patients train at one"):
+        check_apart(overlapping, "sites.yaml")
+    with pytest.raises(MmfmError, match="patients it has seen"):
+        plan_of(tmp_path, tiny_federation(), overlapping)
+
+
+def test_too_few_sites_with_something_to_train_on_is_said_before(tmp_path: Path) -> None:
+    sites = write_sites(tmp_path / "hospitals")
+    rows = pd.read_csv(sites["south"].manifest, dtype=str)
+    rows.assign(split="test").to_csv(sites["south"].manifest, index=False)
+    federation = tiny_federation(aggregation={"min_sites": 2})
+    with pytest.raises(MmfmError, match=r"stages\.0: no training study for it at south, .*fewer sites than aggregation\.min_sites, 2"):
+        plan_of(tmp_path, federation, {name: sites[name] for name in ("north", "south")})
 
 
 def test_a_plan_writes_nothing(planned: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

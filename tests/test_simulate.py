@@ -95,9 +95,11 @@ def test_a_site_with_one_class_takes_part_and_its_auroc_is_undefined(finished: t
     directory, said = finished
     (task,) = json.loads((directory / "comparison.json").read_text())["tasks"]
     site = next(site for site in task["sites"] if site["site"] == "healthy")
-    assert site["classes"] == {"healthy": 12, "ill": 0}
+    assert site["classes"] == {"healthy": 15, "ill": 0}
     assert {result["value"] for result in site["results"].values()} == {None}
-    assert "At healthy the AUROC is undefined (12 healthy, 0 ill): it takes 5 of each class." in said
+    assert "At healthy the AUROC is undefined (15 healthy, 0 ill): it takes 5 patients of each class." in " ".join(
+        said.split()
+    )
     counted = [line["value"] for line in read_lines(directory / "metrics.jsonl") if line["metric"] == "sites"]
     assert counted == [3, 3, 3]
     assert task["mean_of_sites"]["fedavg"] == pytest.approx(
