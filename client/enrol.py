@@ -1,6 +1,7 @@
 """Joining a consortium: a site makes its own key, sends a request, and takes what the coordinator answers."""
 
 import os
+import re
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,6 +22,8 @@ from mmfm_core.errors import MmfmError
 from mmfm_core.storage import write_text
 
 VERSIONS = ("mmfm", "flwr")
+SKEW_SECONDS = 24 * 60 * 60  # that a coordinator's clock may be ahead
+HOST = r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]"
 
 
 def init(place: Place, name: str) -> Path:
@@ -70,6 +73,12 @@ def join(place: Place, bundle: Path) -> Enrolment:
     if joined.public_key.split()[:2] != public_key(place.key).split()[:2]:
         raise MmfmError(
             "public_key: the coordinator registered another key than this site's; send it this site's request anew",
+            str(bundle),
+        )
+    if joined.issued > time.time() + SKEW_SECONDS:  # every right one would then be older
+        raise MmfmError(
+            "issued: that day is yet to come; set the clock that is wrong, here or at the coordinator's, and ask for "
+            "the enrolment again",
             str(bundle),
         )
     if place.enrolment.exists():
@@ -131,7 +140,7 @@ def _write_secret(path: Path, secret: bytes) -> None:
 
 def _check_address(address: str, bundle: Path) -> None:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    if not re.fullmatch(HOST, host) or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise MmfmError(
             f"address: '{address}' is not HOST:PORT; ask the coordinator to enrol this site again", str(bundle)
         )

@@ -136,6 +136,12 @@ WRONG_BUNDLES: dict[str, tuple[Callable[[Authority], dict[str, Any]], str]] = {
     ),
     "expired": (lambda _: {"issued": 1000.0, "expires": 2000.0}, "expires: it was valid until 1970-01-01 00:33 UTC"),
     "no port": (lambda _: {"address": "coordinator.example"}, "address: 'coordinator.example' is not HOST:PORT"),
+    "from the future": (
+        lambda _: {"issued": 9e12, "expires": 9e12 + WEEK},
+        "issued: that day is yet to come",
+    ),
+    "a web page": (lambda _: {"address": "https://x:1"}, "address: 'https://x:1' is not HOST:PORT"),
+    "a command": (lambda _: {"address": "evil;rm:80"}, "address: 'evil;rm:80' is not HOST:PORT"),
     "no certificate": (lambda _: {"authority": "x"}, "authority: is no certificate"),
     "old authority": (
         lambda _: {"authority": Authority.make(days=-1).pem},
