@@ -116,7 +116,7 @@ def of_one_patient(tables: Tables, *sites: str) -> Tables:
 
 def test_a_site_with_one_test_patient_has_no_interval_and_the_mean_says_so() -> None:
     tables = of_one_patient(of_signals({REFERENCE: 1.0, "local-only": 8.0}), "south")
-    found = evidence(HEAD, "disease", "auroc", tables)
+    found = evidence(HEAD, "disease", "accuracy", tables)
     assert np.isnan([found.site(REFERENCE, "south").low, found.site(REFERENCE, "south", "local-only").high]).all()
     assert verdict.difference(found, "local-only").low > 0
     told = verdict.sentences(found)
