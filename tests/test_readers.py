@@ -431,8 +431,8 @@ def test_one_image_of_a_numpy_archive(tmp_path: Path) -> None:
     ("cell", "reason"),
     [
         ("PATIENT.npz", "file.npz:array"),
-        ("PATIENT.npz:other[0]", "has no array"),
-        ("PATIENT.npz:train[3]", "index beyond"),
+        ("PATIENT.npz:PATIENT_2[0]", "has no array"),
+        ("PATIENT.npz:PATIENT_1[3]", "index beyond"),
         ("PATIENT.npz:pickled[0]", "cannot be read as a numpy archive \\(ValueError\\)"),
         ("PATIENT.npz:flat[0]", "is no image"),
         ("PATIENT.npz:words[0]", "is no image"),
@@ -442,7 +442,7 @@ def test_one_image_of_a_numpy_archive(tmp_path: Path) -> None:
 )
 def test_what_an_archive_does_not_hold_is_refused(tmp_path: Path, cell: str, reason: str) -> None:
     arrays = {
-        "train": np.zeros((3, 4, 4), np.uint8),
+        "PATIENT_1": np.zeros((3, 4, 4), np.uint8),
         "pickled": np.array([{}], object),
         "flat": np.zeros((3, 4)),
         "words": np.array([[["a"]]]),
