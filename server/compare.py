@@ -41,7 +41,8 @@ def compare(
         MmfmError: a document is wrong, a method is unknown or does not fit, or a run failed.
     """
     federation, sites = load_documents(federation_file, sites_file)
-    check_apart(sites, str(sites_file))
+    with console.status("Checking that sites share no patients"):
+        check_apart(sites, str(sites_file))
     asked = [REFERENCE, *(name for name in dict.fromkeys(methods) if name != REFERENCE)]
     for name in asked:
         if name not in METHODS:

@@ -56,7 +56,8 @@ def simulate(request: Request, console: Console) -> None:
     if request.workers > 1 and request.engine != "in-process":
         raise MmfmError(f"--workers: the engine '{request.engine}' starts processes of its own; leave --workers out")
     federation, sites = load_documents(request.federation, request.sites)
-    check_apart(sites, str(request.sites))
+    with console.status("Checking that sites share no patients"):
+        check_apart(sites, str(request.sites))
     if request.seed is not None:
         federation = federation.model_copy(update={"seed": request.seed})
     directory = request.run or Path("runs") / federation.name
